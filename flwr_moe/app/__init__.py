@@ -1,0 +1,1 @@
+"""The ready-made Flower app: configuration, ServerApp and ClientApp."""

@@ -1,0 +1,251 @@
+"""The ``flwr-moe`` command: demo, compare, passes and report.
+
+Heavy modules are imported by the commands that need them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from flwr_moe.app.config import Settings
+    from flwr_moe.orbit import PassTable
+
+_DEMO_SYSTEMS = ("ems-fl", "fedavg", "fedasync")
+_TABLE_ROWS = 40
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    argv
+        Arguments without the program's name; those of the process if not given.
+
+    Returns
+    -------
+    int
+        Exit code: 0 if all went well, 2 on bad input (one line on standard error says why),
+        130 if interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["serve"]:
+            raise ValueError("serve, the tensor exchange of a node, is not in this version yet")
+        options = _parser().parse_args(_attach_sites(arguments))
+        command: Callable[[argparse.Namespace], int] = options.run
+        return command(options)
+    except SystemExit as stop:  # argparse, after --help or --version
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        print("flwr-moe: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OverflowError, MemoryError, OSError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        print(f"flwr-moe: error: {line}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument parser whose errors take one line, and that can append the settings table."""
+
+    lists_settings = False
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        if not self.lists_settings:
+            return text
+        from flwr_moe.app.config import settings_help
+
+        return f"{text}\nsettings for --set [default]:\n{settings_help()}\n"
+
+
+def _parser() -> _Parser:
+    from flwr_moe import __version__
+
+    parser = _Parser(
+        prog="flwr-moe",
+        description="Mixture-of-experts federated learning on Flower, over links that come and go.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"flwr-moe {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], help: str) -> _Parser:
+        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        command.set_defaults(run=run)
+        return command
+
+    demo = add("demo", _demo, "EMS-FL against FedAvg and FedAsync over one satellite network")
+    demo.add_argument("--out", metavar="DIR", default="runs/demo", help="default: %(default)s")
+
+    compare = add("compare", _compare, "run systems side by side on the same data and links")
+    compare.lists_settings = True
+    compare.add_argument("systems", nargs="+", metavar="SYSTEM", help="ems-fl, fedavg, …")
+    compare.add_argument("--task", metavar="T", help="what is learnt; default: digits")
+    compare.add_argument("--links", metavar="L", help="satellite or fixed; default: satellite")
+    compare.add_argument(
+        "--seeds", metavar="N", type=int, default=1, help="number of seeds; default: 1"
+    )
+    compare.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="a setting, see below"
+    )
+    compare.add_argument("--data", metavar="DIR", help="folder with the data set as parquet")
+    compare.add_argument("--out", metavar="DIR", help="default: runs/compare")
+
+    passes = add("passes", _passes, "when satellites pass over sites")
+    source = passes.add_mutually_exclusive_group(required=True)
+    source.add_argument("--constellation", metavar="NAME", help="a preset or a Walker pattern")
+    source.add_argument("--elements", metavar="FILE", help="orbital elements (not in this version)")
+    passes.add_argument(
+        "--site",
+        metavar="LAT,LON[,ALT]",
+        dest="sites",
+        action="extend",
+        nargs="+",
+        required=True,
+        help="degrees and metres; may be given several times",
+    )
+    passes.add_argument("--start", metavar="ISO8601", required=True, help="UTC if without offset")
+    passes.add_argument("--hours", metavar="H", type=float, required=True, help="length of search")
+    passes.add_argument(
+        "--min-elevation", metavar="DEG", type=float, default=10.0, help="default: %(default)s"
+    )
+    passes.add_argument("--json", metavar="FILE", help="write all passes as JSON")
+    passes.add_argument("--plot", metavar="FILE", help="draw a timeline as PNG")
+
+    report = add("report", _report, "rebuild table and plots from a results folder")
+    report.add_argument("folder", metavar="DIR", help="results folder of demo, compare or flwr run")
+    return parser
+
+
+def _attach_sites(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with ``--site A B`` as ``--site=A --site=B``.
+
+    argparse takes a southern site (``-33.9,18.4``) for an option unless it is attached.
+    """
+    attached: list[str] = []
+    in_sites = False
+    for argument in arguments:
+        if in_sites and not re.match(r"--|-[A-Za-z]", argument):
+            if attached[-1] == "--site":
+                attached.pop()
+            attached.append(f"--site={argument}")
+        else:
+            in_sites = argument == "--site"
+            attached.append(argument)
+    return attached
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from flwr_moe.app.config import Settings
+
+    return _run(list(_DEMO_SYSTEMS), Settings(), 1, options.out)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from flwr_moe.app.config import ConfigError, Settings, Value, parse_assignments
+
+    given: dict[str, Value] = {**parse_assignments(options.set)}
+    if "system" in given:
+        raise ConfigError("--set system: name the systems as arguments instead")
+    if options.seeds < 1:
+        raise ConfigError(f"--seeds {options.seeds}: expected at least 1")
+    flags = {"task": options.task, "links": options.links, "data": options.data}
+    given.update({key: value for key, value in flags.items() if value is not None})
+    settings = Settings.from_mapping(given)
+    if settings.data and not Path(settings.data).is_dir():
+        raise ConfigError(f"data={settings.data!r}: no such folder")
+    out = options.out or settings.out or "runs/compare"
+    return _run(list(dict.fromkeys(options.systems)), settings, options.seeds, out)
+
+
+def _run(systems: list[str], settings: Settings, num_seeds: int, out: str) -> int:
+    for system in systems:
+        settings.replace(system=system)  # a bad name stops here, before anything is loaded
+    settings = settings.replace(system=systems[0])
+    from flwr_moe.app.compare import run_compare
+
+    seeds = list(range(settings.seed, settings.seed + num_seeds))
+    return run_compare(systems, settings, seeds, Path(out))
+
+
+def _passes(options: argparse.Namespace) -> int:
+    import json
+
+    from flwr_moe.app.config import parse_utc
+
+    if options.elements is not None:
+        raise ValueError("--elements is not in this version yet; use --constellation")
+    start = parse_utc(options.start, "--start")
+    from flwr_moe.orbit import Site, constellation, find_passes
+
+    sites = [Site.parse(text) for text in options.sites]
+    satellites = constellation(options.constellation, start)
+    table = find_passes(satellites, sites, start, options.hours, options.min_elevation)
+    if options.json:
+        text = json.dumps(table.to_records(), indent=2) + "\n"
+        Path(options.json).write_text(text, encoding="utf-8")
+    if options.plot:
+        from flwr_moe.report.plots import save_figure, site_passes_figure
+
+        columns = (table.site.tolist(), table.rise_s.tolist(), table.set_s.tolist())
+        windows = list(zip(*columns, strict=True))
+        save_figure(site_passes_figure(options.sites, windows, options.hours), Path(options.plot))
+    _print_passes(table)
+    return 0
+
+
+def _print_passes(table: PassTable) -> None:
+    from rich.table import Table
+
+    from flwr_moe.report.table import table_console
+
+    shown = Table(title=f"{len(table)} passes", title_justify="left")
+    for heading in ("site", "satellite", "rise (UTC)", "set (UTC)"):
+        shown.add_column(heading, no_wrap=True)
+    for heading in ("minutes", "highest"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    minutes = (table.set_s - table.rise_s) / 60.0
+    for record, length in zip(table.to_records()[:_TABLE_ROWS], minutes, strict=False):
+        # An open pass was already up at the start, or still is at the end.
+        rise = f"{'<' if record['open-start'] else ' '}{str(record['rise'])[:19]}"
+        fall = f"{'>' if record['open-end'] else ' '}{str(record['set'])[:19]}"
+        shown.add_row(
+            str(record["site"]),
+            str(record["satellite"]),
+            rise,
+            fall,
+            f"{length:.1f}",
+            f"{record['max-elevation-deg']:.1f}°",
+        )
+    table_console().print(shown)
+    if len(table) > _TABLE_ROWS:
+        print(f"… and {len(table) - _TABLE_ROWS} more; --json FILE writes them all")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from flwr_moe.report.plots import write_plots
+    from flwr_moe.report.results import load_results
+    from flwr_moe.report.table import markdown_table, print_table
+
+    folder = Path(options.folder)
+    results = load_results(folder)
+    (folder / "results.md").write_text(markdown_table(results), encoding="utf-8")
+    written = write_plots(folder, results)
+    print_table(results)
+    print(f"wrote results.md, {', '.join(path.name for path in written)} in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""ClientApps and mods that match the strategies."""

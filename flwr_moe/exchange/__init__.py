@@ -1,0 +1,1 @@
+"""Tensors between nodes outside Flower messages: store, server and client."""

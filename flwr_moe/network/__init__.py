@@ -1,0 +1,29 @@
+"""The network as a Flower Grid: virtual clock, links and ledger."""
+
+from flwr_moe.network.guard import check_reply
+from flwr_moe.network.ledger import Ledger, count_bytes, default_kind
+from flwr_moe.network.links import FixedLinks, Links
+from flwr_moe.network.nodes import (
+    ROLL_CALL_TYPE,
+    NodeProfile,
+    answer_roll_call,
+    profile_from_reply,
+)
+from flwr_moe.network.satellite_links import SatelliteLinks
+from flwr_moe.network.simulated import HorizonReached, SimulatedGrid
+
+__all__ = [
+    "ROLL_CALL_TYPE",
+    "FixedLinks",
+    "HorizonReached",
+    "Ledger",
+    "Links",
+    "NodeProfile",
+    "SatelliteLinks",
+    "SimulatedGrid",
+    "answer_roll_call",
+    "check_reply",
+    "count_bytes",
+    "default_kind",
+    "profile_from_reply",
+]

@@ -1,0 +1,120 @@
+"""Every byte, wait and mishap of a run, in one place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, RecordDict
+
+DIRECTIONS = ("uplink", "downlink", "peer")
+EVENTS = ("lost", "late", "rejected")
+
+KindFn = Callable[[str, str], str]
+
+
+def default_kind(record_key: str, array_key: str) -> str:
+    """Name the kind of one array from where it travels and what it is called.
+
+    Parameters
+    ----------
+    record_key : str
+        Key of the ArrayRecord in the message; ``"gate"``, ``"activation"`` and
+        ``"gradient"`` decide at once.
+    array_key : str
+        Name of the array, a state-dict key or a stable expert name.
+
+    Returns
+    -------
+    str
+        ``"expert"``, ``"gate"``, ``"activation"``, ``"gradient"`` or ``"shared"``.
+    """
+    if record_key in ("gate", "activation", "gradient"):
+        return record_key
+    parts = array_key.split(".")
+    if "expert" in parts or "experts" in parts:
+        return "expert"
+    if "gate" in parts or "router" in parts:
+        return "gate"
+    return "shared"
+
+
+def count_bytes(content: RecordDict, kind_of: KindFn = default_kind) -> dict[str, int]:
+    """Bytes of a message's records by kind; configuration and metrics are ``"control"``.
+
+    Parameters
+    ----------
+    content : RecordDict
+        What travels.
+    kind_of : callable
+        ``(record key, array key) -> kind``.
+
+    Returns
+    -------
+    dict of str to int
+        Bytes by kind; the sum equals the sum of Flower's own ``count_bytes``.
+    """
+    sizes: Counter[str] = Counter()
+    for record_key, record in content.items():
+        if isinstance(record, ArrayRecord):
+            for key, array in record.items():
+                sizes[kind_of(record_key, key)] += len(array.data) + len(key)
+        else:
+            sizes["control"] += record.count_bytes()
+    return dict(sizes)
+
+
+@dataclass
+class Ledger:
+    """What moved, what waited and what went wrong.
+
+    Attributes
+    ----------
+    transfers : Counter
+        Bytes by ``(partition id, direction, kind)``.
+    waits_s : Counter
+        Seconds that messages waited or travelled, by ``(partition id, direction)``.
+    events : Counter
+        ``"lost"``, ``"late"`` and ``"rejected"`` replies.
+    updates : int
+        Training replies that arrived whole.
+    steps, compute_s : int, float
+        Training steps and virtual compute seconds of all devices.
+    """
+
+    transfers: Counter[tuple[int, str, str]] = field(default_factory=Counter)
+    waits_s: dict[tuple[int, str], float] = field(default_factory=dict)
+    events: Counter[str] = field(default_factory=Counter)
+    updates: int = 0
+    steps: int = 0
+    compute_s: float = 0.0
+
+    def move(self, partition_id: int, direction: str, sizes: dict[str, int], wait_s: float) -> None:
+        """Book a transfer of ``sizes`` bytes by kind that took ``wait_s`` seconds."""
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction is {direction!r}, expected one of {', '.join(DIRECTIONS)}")
+        for kind, size in sizes.items():
+            self.transfers[partition_id, direction, kind] += size
+        key = (partition_id, direction)
+        self.waits_s[key] = self.waits_s.get(key, 0.0) + wait_s
+
+    def event(self, name: str, count: int = 1) -> None:
+        """Count ``"lost"``, ``"late"`` or ``"rejected"`` replies."""
+        if name not in EVENTS:
+            raise ValueError(f"event is {name!r}, expected one of {', '.join(EVENTS)}")
+        self.events[name] += count
+
+    def total(self, direction: str) -> int:
+        """Bytes moved in one direction by all nodes."""
+        return sum(size for (_, way, _), size in self.transfers.items() if way == direction)
+
+    def by_kind(self) -> dict[str, dict[str, int]]:
+        """Bytes as ``{direction: {kind: bytes}}``, directions and kinds sorted."""
+        table: dict[str, dict[str, int]] = {}
+        for (_, direction, kind), size in sorted(
+            self.transfers.items(), key=lambda item: item[0][1:]
+        ):
+            row = table.setdefault(direction, {})
+            row[kind] = row.get(kind, 0) + size
+        return table

@@ -1,0 +1,120 @@
+"""Who the nodes are: profiles, and the roll call that learns them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+ROLL_CALL_ACTION = "roll_call"
+ROLL_CALL_TYPE = f"query.{ROLL_CALL_ACTION}"
+NODE_RECORD = "node"
+
+
+@dataclass(frozen=True)
+class NodeProfile:
+    """What the network and the strategies know of one node.
+
+    Parameters
+    ----------
+    node_id : int
+        Flower's random identifier; never used for ordering.
+    partition_id : int
+        The stable identity of the node: order, seeds and links follow it.
+    role : str
+        ``"device"`` or ``"overlay"``.
+    site : int
+        Index of the ground site (device cluster) the node stands at.
+    num_examples : int
+        Training examples the node holds; 0 if unknown.
+    steps_per_second : float
+        Training steps a second, for virtual compute time.
+    """
+
+    node_id: int
+    partition_id: int
+    role: str = "device"
+    site: int = 0
+    num_examples: int = 0
+    steps_per_second: float = float("inf")
+
+
+def profile_from_reply(message: Message, fallback: NodeProfile) -> NodeProfile:
+    """Read a roll-call reply; fields the node leaves out keep the fallback's value.
+
+    Parameters
+    ----------
+    message : Message
+        A reply to :data:`ROLL_CALL_TYPE`, possibly an error.
+    fallback : NodeProfile
+        Values for a node that does not answer.
+
+    Returns
+    -------
+    NodeProfile
+        The node's profile.
+    """
+    if message.has_error() or NODE_RECORD not in message.content.config_records:
+        return fallback
+    told = message.content.config_records[NODE_RECORD]
+    return replace(
+        fallback,
+        partition_id=int(_number(told, "partition-id", fallback.partition_id)),
+        role=str(told.get("role", fallback.role)),
+        site=int(_number(told, "site", fallback.site)),
+        num_examples=int(_number(told, "num-examples", fallback.num_examples)),
+        steps_per_second=_number(told, "steps-per-second", fallback.steps_per_second),
+    )
+
+
+def _number(record: ConfigRecord, key: str, default: float) -> float:
+    value = record.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"roll call: '{key}' is {value!r}, expected a number")
+    return float(value)
+
+
+def answer_roll_call(app: ClientApp, **facts: str | int | float) -> ClientApp:
+    """Make a ClientApp answer the roll call.
+
+    Values come from ``facts``, then from the node's ``--node-config``, which wins:
+    ``partition-id``, ``role``, ``site``, ``num-examples``, ``steps-per-second``.
+
+    Parameters
+    ----------
+    app : ClientApp
+        The app to extend; one that has a ``query.roll_call`` function already is an error.
+    **facts : str, int or float
+        Defaults with underscores for hyphens, for example ``steps_per_second=0.05``.
+
+    Returns
+    -------
+    ClientApp
+        The same app.
+
+    Notes
+    -----
+    Source: ours.
+    """
+    known = {key.replace("_", "-"): value for key, value in facts.items()}
+
+    @app.query(ROLL_CALL_ACTION)
+    def roll_call(message: Message, context: Context) -> Message:
+        return roll_call_reply(message, context, known)
+
+    return app
+
+
+def roll_call_reply(
+    message: Message, context: Context, facts: dict[str, str | int | float]
+) -> Message:
+    """Build the roll-call reply of one node from ``facts`` and its node config."""
+    keys = ("partition-id", "role", "site", "num-examples", "steps-per-second")
+    told = {**facts, **{k: v for k, v in context.node_config.items() if k in keys}}
+    record = ConfigRecord({k: v for k, v in told.items() if k in keys})
+    # Flower's own strategies insist on a MetricRecord in every reply they see.
+    return Message(
+        RecordDict({NODE_RECORD: record, "metrics": MetricRecord({"num-examples": 0})}),
+        reply_to=message,
+    )

@@ -1,0 +1,421 @@
+"""A Grid around a Grid in which messages arrive when physics lets them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from logging import WARNING
+
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from flwr_moe.network.flower_adapter import NodeInfo, Run, log
+from flwr_moe.network.guard import check_reply
+from flwr_moe.network.ledger import KindFn, Ledger, count_bytes, default_kind
+from flwr_moe.network.links import Links
+from flwr_moe.network.nodes import ROLL_CALL_TYPE, NodeProfile, profile_from_reply
+
+REJECTED = 1001
+"""Error code of a reply that arrived and cannot be used."""
+
+
+class HorizonReached(Exception):  # noqa: N818 - it ends a run, it is no mistake
+    """The simulated time is over; what was learnt until then stands."""
+
+
+@dataclass
+class _Flight:
+    """One message on its way: sent, computed on, and answered."""
+
+    message_id: str
+    node: NodeProfile
+    message: Message
+    train: bool
+    delivered_s: float
+    least_compute_s: float
+    earliest_s: float
+    pushed_wall: float
+    reply: Message | None = None
+    arrival_s: float = math.nan
+    up_sizes: dict[str, int] = field(default_factory=dict)
+    up_wait_s: float = 0.0
+    steps: int = 0
+    compute_s: float = 0.0
+
+    @property
+    def known(self) -> bool:
+        return not math.isnan(self.arrival_s)
+
+    @property
+    def order(self) -> tuple[float, int]:
+        return (self.arrival_s if self.known else self.earliest_s, self.node.partition_id)
+
+
+class SimulatedGrid(Grid):
+    """Flower's Grid with a virtual clock, links and a ledger.
+
+    A message pushed at virtual time t reaches its node after its bytes went through
+    ``links``; the node computes for virtual seconds; the reply takes the uplink the same way.
+    Replies are released in order of virtual arrival, ties by partition id, whatever order
+    the processes finish in. Any strategy runs on it unchanged.
+
+    A ``ConfigRecord`` that carries ``local-steps`` gets a ``step-budget`` on the way: the
+    number of steps itself, or, where ``local-steps`` is 0, as many as fit before the node's
+    next contact, at most ``max-local-steps``. A node is charged at least its budget.
+
+    Parameters
+    ----------
+    grid : Grid
+        The Grid that really carries the messages.
+    links : Links
+        How long bytes take.
+    ledger : Ledger, optional
+        Where transfers and events are booked; a new one by default.
+    horizon_s : float
+        Virtual seconds after which :class:`HorizonReached` is raised.
+    steps_per_second : float
+        Speed of nodes that do not tell theirs in the roll call.
+    kind_of : callable
+        Names the kind of every array for the ledger.
+    on_advance : callable, optional
+        Called with the virtual time whenever the clock moves.
+    poll_s, patience_s : float
+        Wall seconds between looks at ``grid``, and after which a silent process counts as lost.
+
+    Notes
+    -----
+    Source: ours. Compute time is ``compute-seconds`` of the reply's metrics, else its
+    ``steps`` over the node's steps a second; never wall time.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        links: Links,
+        *,
+        ledger: Ledger | None = None,
+        horizon_s: float = math.inf,
+        steps_per_second: float = math.inf,
+        kind_of: KindFn = default_kind,
+        on_advance: Callable[[float], None] | None = None,
+        poll_s: float = 0.005,
+        patience_s: float = 1800.0,
+    ) -> None:
+        if not horizon_s > 0:
+            raise ValueError(f"horizon_s is {horizon_s}, expected a number above 0")
+        if not steps_per_second > 0:
+            raise ValueError(f"steps_per_second is {steps_per_second}, expected above 0")
+        self.grid = grid
+        self.links = links
+        self.ledger = Ledger() if ledger is None else ledger
+        self.horizon_s = horizon_s
+        self.now = 0.0
+        self._steps_per_second = steps_per_second
+        self._kind_of = kind_of
+        self._on_advance = on_advance
+        self._poll_s = poll_s
+        self._patience_s = patience_s
+        self._profiles: dict[int, NodeProfile] = {}
+        self._flights: dict[str, _Flight] = {}
+        self._queues: dict[int, list[_Flight]] = {}
+        self._idle_s: dict[tuple[int, str], float] = {}
+        self._serial = 0
+
+    # --- Grid ------------------------------------------------------------------
+
+    def set_run(self, run: Run) -> None:
+        """Hand the run to the inner Grid."""
+        self.grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The inner Grid's run."""
+        return self.grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message as Flower's own Grids do."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Node ids in order of partition id."""
+        ids = set(self.grid.get_node_ids())
+        if any(node_id not in self._profiles for node_id in ids):
+            self.roll_call()
+        return sorted(ids, key=lambda node_id: self._profiles[node_id].partition_id)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Node descriptions of the inner Grid."""
+        return self.grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages at the present virtual time; they reach their nodes through the links."""
+        if self.now >= self.horizon_s:
+            raise HorizonReached
+        batch = list(messages)
+        profiles = self.profiles()
+        for message in batch:
+            node_id = message.metadata.dst_node_id
+            if node_id not in profiles:
+                raise ValueError(f"message for node {node_id}, which is not connected")
+        ids: dict[int, str] = {}
+        order = sorted(
+            range(len(batch)), key=lambda i: profiles[batch[i].metadata.dst_node_id].partition_id
+        )
+        for i in order:
+            ids[i] = self._push(batch[i], profiles[batch[i].metadata.dst_node_id])
+        return [ids[i] for i in range(len(batch))]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Advance the clock to the next arrival among ``message_ids`` and return it.
+
+        Replies that arrive at the same instant come together. Nothing comes back when none
+        of the messages can ever be answered.
+
+        Raises
+        ------
+        HorizonReached
+            When the next arrival lies beyond the horizon.
+        """
+        return self._release(list(message_ids), math.inf)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send, and wait for the replies for at most ``timeout`` virtual seconds.
+
+        Raises
+        ------
+        HorizonReached
+            When the horizon comes before the last reply that is still expected.
+        """
+        waiting = self.push_messages(messages)
+        deadline = math.inf if timeout is None else self.now + timeout
+        replies: list[Message] = []
+        while waiting:
+            batch = self._release(waiting, deadline)
+            if not batch:
+                break
+            replies += batch
+            done = {reply.metadata.reply_to_message_id for reply in batch}
+            waiting = [i for i in waiting if i not in done]
+        self._abandon(waiting)
+        return replies
+
+    # --- what our own strategies ask beyond a Grid ---------------------------------
+
+    def profiles(self) -> dict[int, NodeProfile]:
+        """Profiles by node id, in order of partition id."""
+        return {node_id: self._profiles[node_id] for node_id in self.get_node_ids()}
+
+    def roll_call(self) -> dict[int, NodeProfile]:
+        """Ask every node who it is; takes no virtual time and is not booked."""
+        ids = sorted(self.grid.get_node_ids())
+        fallback = {
+            node_id: NodeProfile(node_id, i, site=i, steps_per_second=self._steps_per_second)
+            for i, node_id in enumerate(ids)
+        }
+        questions = [Message(RecordDict(), node_id, ROLL_CALL_TYPE) for node_id in ids]
+        answers = self.grid.send_and_receive(questions, timeout=self._patience_s)
+        told = {m.metadata.src_node_id: m for m in answers}
+        silent = [i for i in ids if i not in told or told[i].has_error()]
+        if silent:
+            log(
+                WARNING,
+                "%d of %d nodes did not answer the roll call: they are ordered by node id, so runs "
+                "are not repeatable. Add answer_roll_call(app) to the ClientApp.",
+                len(silent),
+                len(ids),
+            )
+        self._profiles = {
+            i: profile_from_reply(told[i], fallback[i]) if i in told else fallback[i] for i in ids
+        }
+        partitions = [p.partition_id for p in self._profiles.values()]
+        if len(set(partitions)) != len(partitions):
+            raise ValueError(f"roll call: partition ids are not distinct: {sorted(partitions)}")
+        return self._profiles
+
+    # --- inside ----------------------------------------------------------------
+
+    def _push(self, message: Message, node: NodeProfile) -> str:
+        sizes = count_bytes(message.content, self._kind_of)
+        delivered = self._carry(node, "downlink", sum(sizes.values()), self.now)
+        if math.isfinite(delivered):
+            self.ledger.move(node.partition_id, "downlink", sizes, delivered - self.now)
+        sent, budget = self._with_budget(message.content, node, delivered)
+        compute = budget / node.steps_per_second
+        flight = _Flight(
+            message_id=f"lost-{self._serial}",
+            node=node,
+            message=message,
+            train=message.metadata.message_type.split(".")[0] == MessageType.TRAIN,
+            delivered_s=delivered,
+            least_compute_s=compute,
+            earliest_s=self.links.transfer(node, "uplink", 0, delivered + compute)
+            if math.isfinite(delivered)
+            else math.inf,
+            pushed_wall=time.monotonic(),
+        )
+        self._serial += 1
+        if math.isfinite(flight.earliest_s) and flight.earliest_s <= self.horizon_s:
+            message.content = sent
+            flight.message_id = next(iter(self.grid.push_messages([message])), flight.message_id)
+        if flight.message_id.startswith("lost-"):
+            # It cannot come back before the horizon, so nobody need compute it.
+            flight.arrival_s = flight.earliest_s
+        self._flights[flight.message_id] = flight
+        self._queues.setdefault(node.node_id, []).append(flight)
+        return flight.message_id
+
+    def _with_budget(
+        self, content: RecordDict, node: NodeProfile, delivered_s: float
+    ) -> tuple[RecordDict, int]:
+        for key, record in content.config_records.items():
+            steps = record.get("local-steps")
+            if not isinstance(steps, int) or isinstance(steps, bool):
+                continue
+            limit = record.get("max-local-steps")
+            most = int(limit) if isinstance(limit, int) else None
+            if steps == 0:
+                contact = self.links.next_contact(node, "uplink", delivered_s)
+                fit = (contact - delivered_s) * node.steps_per_second
+                # No gap, or no contact to come: nothing but the limit ends the training.
+                open_ended = not math.isfinite(fit) or contact <= delivered_s
+                if open_ended and most is None:
+                    raise ValueError(
+                        f"node {node.partition_id}: 'local-steps' is 0 (until the next contact), "
+                        "there is none to wait for, and 'max-local-steps' is not set"
+                    )
+                steps = (most or 0) if open_ended else max(1, int(fit))
+            budget = steps if most is None else min(steps, most)
+            changed = RecordDict(dict(content.items()))
+            changed[key] = ConfigRecord({**record, "step-budget": budget})
+            return changed, budget
+        return content, 0
+
+    def _carry(self, node: NodeProfile, direction: str, n_bytes: int, ready_s: float) -> float:
+        """Send bytes over a node's link, one transfer after the other."""
+        key = (node.node_id, direction)
+        end = self.links.transfer(node, direction, n_bytes, max(ready_s, self._idle_s.get(key, 0)))
+        if math.isfinite(end):
+            self._idle_s[key] = end
+        return end
+
+    def _collect(self) -> None:
+        """Take what the processes have finished, and work out when it would arrive."""
+        waiting = {f.message_id: f for queue in self._queues.values() for f in queue if not f.known}
+        for reply in self.grid.pull_messages(list(waiting)) if waiting else ():
+            waiting[reply.metadata.reply_to_message_id].reply = reply
+        given_up = time.monotonic() - self._patience_s
+        for queue in self._queues.values():
+            # A node answers in the order it was asked, so its flights resolve in order.
+            while queue and (queue[0].known or queue[0].reply is not None):
+                self._land(queue.pop(0))
+            if queue and queue[0].pushed_wall < given_up:
+                queue[0].arrival_s = math.inf
+
+    def _land(self, flight: _Flight) -> None:
+        reply, node, compute = flight.reply, flight.node, flight.least_compute_s
+        if reply is None:
+            return
+        if reply.has_content():
+            flight.up_sizes = count_bytes(reply.content, self._kind_of)
+            for metrics in reply.content.metric_records.values():
+                flight.steps = max(flight.steps, int(_scalar(metrics.get("steps"), 0)))
+                by_steps = flight.steps / node.steps_per_second
+                compute = max(compute, _scalar(metrics.get("compute-seconds"), by_steps))
+        start = max(flight.delivered_s, self._idle_s.get((node.node_id, "compute"), 0.0))
+        ready = start + compute
+        self._idle_s[node.node_id, "compute"] = ready
+        flight.compute_s = compute
+        flight.arrival_s = self._carry(node, "uplink", sum(flight.up_sizes.values()), ready)
+        flight.up_wait_s = flight.arrival_s - ready
+
+    def _release(self, message_ids: list[str], deadline: float) -> list[Message]:
+        flights = [self._flights[i] for i in message_ids if i in self._flights]
+        limit = min(deadline, self.horizon_s)
+        while flights:
+            self._collect()
+            first = min(flights, key=lambda f: f.order)
+            if first.order[0] > limit:
+                # Every other one is later still, whether its arrival is known or only bounded.
+                self._count_lost(flights)
+                if math.isfinite(limit):
+                    self._advance(limit)
+                if self.now >= self.horizon_s:
+                    raise HorizonReached
+                return []
+            if first.known:
+                if math.isinf(first.arrival_s):
+                    self._count_lost(flights)
+                    return []
+                self._advance(first.arrival_s)
+                together = [f for f in flights if f.known and f.arrival_s == first.arrival_s]
+                return [self._hand_over(f) for f in sorted(together, key=lambda f: f.order)]
+            time.sleep(self._poll_s)
+        return []
+
+    def _count_lost(self, flights: list[_Flight]) -> None:
+        """Book what was sent and will never be answered, once each."""
+        for flight in flights:
+            if flight.known and math.isinf(flight.arrival_s):
+                self._flights.pop(flight.message_id, None)
+                self.ledger.event("lost")
+
+    def _book(self, flight: _Flight) -> None:
+        self.ledger.move(flight.node.partition_id, "uplink", flight.up_sizes, flight.up_wait_s)
+        self.ledger.steps += flight.steps
+        self.ledger.compute_s += flight.compute_s
+
+    def _hand_over(self, flight: _Flight) -> Message:
+        del self._flights[flight.message_id]
+        self._book(flight)
+        reply = flight.reply
+        assert reply is not None
+        reason = check_reply(flight.message.content, reply.content) if reply.has_content() else None
+        if reason is not None:
+            error = Error(REJECTED, f"rejected: {reason}")
+            reply = Message(error, reply_to=flight.message)
+        if reply.has_error():
+            self.ledger.event("rejected")
+            log(WARNING, "node %d: %s", flight.node.partition_id, reply.error.reason)
+        elif flight.train:
+            self.ledger.updates += 1
+        return reply
+
+    def _abandon(self, message_ids: list[str]) -> None:
+        """Count what did not come in time.
+
+        Its node stays busy with it and its bytes still travel, so the processes are waited for:
+        otherwise the ledger would depend on how fast they are.
+        """
+        flights = [self._flights.pop(i) for i in message_ids if i in self._flights]
+        while any(not f.known for f in flights):
+            self._collect()
+            time.sleep(self._poll_s)
+        for flight in flights:
+            lost = math.isinf(flight.arrival_s)
+            self.ledger.event("lost" if lost else "late")
+            if not lost and flight.reply is not None:
+                self._book(flight)
+
+    def _advance(self, to_s: float) -> None:
+        if to_s > self.now:
+            self.now = to_s
+            if self._on_advance is not None:
+                self._on_advance(to_s)
+
+
+def _scalar(value: object, default: float) -> float:
+    """Return a finite number of at least 0, or the default."""
+    if isinstance(value, int | float) and math.isfinite(value) and value >= 0:
+        return float(value)
+    return default

@@ -1,0 +1,162 @@
+"""Ground sites, and the table of passes over them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place on the ground (WGS84).
+
+    Parameters
+    ----------
+    name
+        Any label.
+    latitude_deg, longitude_deg
+        Geodetic, north and east positive, within ±90 and ±180.
+    altitude_m
+        Height above the ellipsoid, within -1,000 to 20,000.
+
+    Raises
+    ------
+    ValueError
+        When a coordinate is out of range.
+    """
+
+    name: str
+    latitude_deg: float
+    longitude_deg: float
+    altitude_m: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._check("latitude", self.latitude_deg, -90.0, 90.0, "degrees")
+        self._check("longitude", self.longitude_deg, -180.0, 180.0, "degrees")
+        self._check("altitude", self.altitude_m, -1_000.0, 20_000.0, "metres")
+
+    def _check(self, key: str, value: float, low: float, high: float, unit: str) -> None:
+        if not low <= value <= high:
+            raise ValueError(
+                f"site {self.name!r}: {key} = {value:g}, expected {low:g} to {high:g} {unit}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read "LAT,LON" or "LAT,LON,ALT" (degrees, degrees, metres); the text is the name.
+
+        Raises
+        ------
+        ValueError
+            When the text is not two or three numbers, or one is out of range.
+        """
+        try:
+            numbers = [float(part) for part in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (2, 3):
+            raise ValueError(f"site {text!r}: expected LAT,LON or LAT,LON,ALT, as in 48.1,11.6")
+        return cls(text, *numbers)
+
+
+@dataclass(frozen=True, eq=False)
+class PassTable:
+    """Passes of P satellites-over-sites, sorted by rise, then site, then satellite.
+
+    Attributes
+    ----------
+    satellite, site
+        Shape (P,), indices into `satellite_names` and `sites`.
+    rise_s, culmination_s, set_s
+        Shape (P,), seconds after `start`.
+    max_elevation_deg
+        Shape (P,), elevation at the culmination.
+    open_start, open_end
+        Shape (P,): the pass was under way when the horizon began, or when it (or the satellite's
+        propagation) ended; `rise_s` or `set_s` is then that limit.
+    start
+        Aware datetime of second zero.
+    horizon_s
+        Length of the searched span in seconds.
+    satellite_names, sites
+        What the indices mean.
+    min_elevation_deg
+        The elevation mask.
+    """
+
+    satellite: IntArray
+    site: IntArray
+    rise_s: FloatArray
+    culmination_s: FloatArray
+    set_s: FloatArray
+    max_elevation_deg: FloatArray
+    open_start: BoolArray
+    open_end: BoolArray
+    start: datetime
+    horizon_s: float
+    satellite_names: tuple[str, ...]
+    sites: tuple[Site, ...]
+    min_elevation_deg: float
+
+    def __len__(self) -> int:
+        return len(self.rise_s)
+
+    def for_site(self, site_index: int) -> PassTable:
+        """Return the passes over one site; indices keep their meaning.
+
+        Raises
+        ------
+        ValueError
+            When there is no such site.
+        """
+        if not 0 <= site_index < len(self.sites):
+            raise ValueError(
+                f"site_index = {site_index}, expected 0 to {len(self.sites) - 1}, "
+                f"the table has {len(self.sites)} sites"
+            )
+        keep = self.site == site_index
+        return PassTable(
+            self.satellite[keep],
+            self.site[keep],
+            self.rise_s[keep],
+            self.culmination_s[keep],
+            self.set_s[keep],
+            self.max_elevation_deg[keep],
+            self.open_start[keep],
+            self.open_end[keep],
+            self.start,
+            self.horizon_s,
+            self.satellite_names,
+            self.sites,
+            self.min_elevation_deg,
+        )
+
+    def to_records(self) -> list[dict[str, str | float | bool]]:
+        """Return one JSON-ready record a pass; times are ISO 8601 UTC with milliseconds."""
+        return [
+            {
+                "satellite": self.satellite_names[self.satellite[i]],
+                "site": self.sites[self.site[i]].name,
+                "rise": _iso(self.start, self.rise_s[i]),
+                "culmination": _iso(self.start, self.culmination_s[i]),
+                "set": _iso(self.start, self.set_s[i]),
+                "max-elevation-deg": round(float(self.max_elevation_deg[i]), 3),
+                "open-start": bool(self.open_start[i]),
+                "open-end": bool(self.open_end[i]),
+            }
+            for i in range(len(self))
+        ]
+
+
+def _iso(start: datetime, seconds: float) -> str:
+    # isoformat cuts digits off; half a millisecond more makes that rounding.
+    moment = start.astimezone(UTC) + timedelta(milliseconds=math.floor(seconds * 1e3 + 0.5))
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,1 @@
+"""Edge overlays: refresh controller and ensemble."""

@@ -1,0 +1,16 @@
+"""Results on disk: summary, history, tables and plots."""
+
+from flwr_moe.report.progress import VirtualTimeProgress
+from flwr_moe.report.records import HistoryRow, Results, ResultsError, RunRecord
+from flwr_moe.report.results import ResultsFolder, load_results, write_results
+
+__all__ = [
+    "HistoryRow",
+    "Results",
+    "ResultsError",
+    "ResultsFolder",
+    "RunRecord",
+    "VirtualTimeProgress",
+    "load_results",
+    "write_results",
+]

@@ -1,0 +1,1 @@
+"""Flower strategies, one algorithm a file."""

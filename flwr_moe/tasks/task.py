@@ -1,0 +1,50 @@
+"""What every task offers to ClientApps, the server and the reports."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+
+class Samples(NamedTuple):
+    """Inputs (N, ...) and labels (N,)."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of samples N."""
+        return len(self.y)
+
+
+class Task(Protocol):
+    """Data that is spread over clients, and the model that learns it."""
+
+    num_clients: int
+    num_clusters: int
+    num_classes: int
+
+    def cluster_of(self, partition_id: int) -> int:
+        """Return the cluster (site) a client belongs to."""
+        ...
+
+    def train_data(self, partition_id: int) -> Samples:
+        """Return the training samples of one client."""
+        ...
+
+    def public_data(self) -> Samples:
+        """Return the small public share that the server warms up on."""
+        ...
+
+    def test_data(self) -> list[Samples]:
+        """Return held-out samples of every cluster, in its own domain."""
+        ...
+
+    def build_model(self) -> nn.Module:
+        """Return the full model, freshly initialised (or on the meta device)."""
+        ...
+
+    def warm_model(self) -> nn.Module:
+        """Return the full model as the server starts with it, trained on the public share."""
+        ...
