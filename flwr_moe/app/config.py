@@ -92,15 +92,16 @@ class Settings:
     )
     learning_rate: float = _key(0.0, "step size; 0: the system's tuned value", minimum=0)
     batch_size: int = _key(16, "samples a training step", minimum=1)
-    local_steps: int = _key(100, "training steps per update, where fixed", minimum=1)
+    local_steps: int = _key(0, "training steps per update; 0: the system's own", minimum=0)
     max_local_steps: int = _key(1000, "most training steps between two passes", minimum=1)
     data: str = _key("", "folder with the data set as parquet")
     out: str = _key("", "results folder of `flwr run`")
 
     constellation: str = _key("delta-4", "satellites: name of a preset")
+    sites: str = _key("", "LAT,LON of each cluster, by semicolons; empty: places on all continents")
     start: str = _key("2026-01-01T00:00:00Z", "UTC time at which the run starts", is_time=True)
     min_elevation: float = _key(
-        10.0, "lowest usable elevation, degrees", minimum=0, maximum=90, open_maximum=True
+        25.0, "lowest usable elevation, degrees", minimum=0, maximum=90, open_maximum=True
     )
     link_preset: str = _key("handheld-s", "radio of the devices", choices=("handheld-s", "vsat-ka"))
     beam_share: float = _key(
@@ -117,7 +118,7 @@ class Settings:
         0, "most experts a cluster owns; 0: num-experts / num-clusters, rounded up", minimum=0
     )
     eval_every_minutes: float = _key(
-        30.0, "virtual minutes between evaluations", minimum=0, open_minimum=True
+        0.0, "least virtual minutes between evaluations; 0: after every update", minimum=0
     )
 
     ems_fl_gate: str = _key(
@@ -126,11 +127,17 @@ class Settings:
         "ems-fl.gate",
         choices=("plain", "linear", "random-features"),
     )
+    ems_fl_num_features: int = _key(
+        512, "random features of the gate", "ems-fl.num-features", minimum=1
+    )
     ems_fl_assignment: str = _key(
         "exact",
         "how experts are assigned to clusters",
         "ems-fl.assignment",
         choices=("exact", "greedy", "random"),
+    )
+    ems_fl_wait_for_all: bool = _key(
+        False, "assign experts only when every cluster was seen", "ems-fl.wait-for-all"
     )
     ems_fl_train_shared: bool = _key(False, "also train the shared layers", "ems-fl.train-shared")
     ems_fl_inference: str = _key(

@@ -2,16 +2,44 @@
 
 from flwr_moe.experts.affinity import AffinitySum, captured_mass, gate_affinity
 from flwr_moe.experts.assignment import assign_experts
+from flwr_moe.experts.gate_fit import (
+    Discriminants,
+    GateStatistics,
+    RandomFeatures,
+    fit_discriminants,
+    median_gamma,
+    split_among_experts,
+)
 from flwr_moe.experts.layout import ExpertLayout
+from flwr_moe.experts.mixture import (
+    Router,
+    cluster_logits,
+    mixed_log_probs,
+    most_probable_log_probs,
+)
+from flwr_moe.experts.probe import affinity_from_inputs, gate_inputs, sample_features
 from flwr_moe.experts.restrict import restricted_gate
 from flwr_moe.experts.sparse_moe import SparseMoE
 
 __all__ = [
     "AffinitySum",
+    "Discriminants",
     "ExpertLayout",
+    "GateStatistics",
+    "RandomFeatures",
+    "Router",
     "SparseMoE",
+    "affinity_from_inputs",
     "assign_experts",
     "captured_mass",
+    "cluster_logits",
+    "fit_discriminants",
     "gate_affinity",
+    "gate_inputs",
+    "median_gamma",
+    "mixed_log_probs",
+    "most_probable_log_probs",
     "restricted_gate",
+    "sample_features",
+    "split_among_experts",
 ]

@@ -6,12 +6,13 @@ E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from sklearn.cluster import KMeans
 
 FloatArray = NDArray[np.float64]
@@ -56,7 +57,8 @@ class RandomFeatures:
 
     def __call__(self, x: ArrayLike) -> FloatArray:
         """Map inputs of shape (B, ...) with D numbers each to features of shape (B, F)."""
-        x_BD = np.asarray(x, dtype=np.float64).reshape(len(np.asarray(x)), -1)
+        x_BD = np.asarray(x, dtype=np.float64)
+        x_BD = x_BD.reshape(len(x_BD), math.prod(x_BD.shape[1:]))
         if x_BD.shape[1] != self.num_inputs:
             raise ValueError(f"inputs have {x_BD.shape[1]} numbers, expected {self.num_inputs}")
         rng = np.random.default_rng(self.seed)
@@ -164,7 +166,8 @@ class GateStatistics:
         Raises
         ------
         ValueError
-            If an array is missing, has another shape than the others say, or is not finite.
+            If an array is missing, has another shape than the others say, is not finite, or a
+            count or variance is negative.
         """
         try:
             count_G, mean_GF, half, scale = (
@@ -173,7 +176,7 @@ class GateStatistics:
             )
         except KeyError as err:
             raise ValueError(f"gate statistics lack {err}") from None
-        size = mean_GF.shape[-1]
+        size = mean_GF.shape[-1] if mean_GF.ndim else 0
         if (
             mean_GF.ndim != 2
             or count_G.shape != mean_GF.shape[:1]
@@ -190,6 +193,8 @@ class GateStatistics:
             raise ValueError("gate statistics count fewer than zero samples")
         upper_FF = np.zeros((size, size))
         upper_FF[np.triu_indices(size)] = half * scale[0]
+        if not scale[0] > 0 or (upper_FF.diagonal() < 0).any():
+            raise ValueError("gate statistics have a negative variance")
         return cls(count_G, mean_GF, upper_FF + np.triu(upper_FF, 1).T)
 
 
@@ -247,7 +252,8 @@ def fit_discriminants(
     Raises
     ------
     ValueError
-        If there is no cluster, or one has no samples at all.
+        If there is no cluster, one has no samples at all, or the pooled covariance is not
+        positive definite.
     """
     if not clusters:
         raise ValueError("no cluster sent gate statistics")
@@ -265,7 +271,12 @@ def fit_discriminants(
             owners.append(k)
             shares.append(stats.count_G[g] / stats.count_G.sum())
     mean_FC = np.array(means).T
-    weight_FC = cho_solve(cho_factor(pooled_FF), mean_FC)
+    try:
+        weight_FC = cho_solve(cho_factor(pooled_FF), mean_FC)
+    except LinAlgError:
+        raise ValueError(
+            f"the pooled covariance is not positive definite with ridge {ridge}: a larger one helps"
+        ) from None
     bias_C = -0.5 * (mean_FC * weight_FC).sum(0)
     if priors:
         bias_C = bias_C + np.log(shares)
@@ -294,6 +305,11 @@ def split_among_experts(
     list of GateStatistics
         One for each expert, of a single group; scatters sum to the total within the experts.
 
+    Raises
+    ------
+    ValueError
+        If there are fewer groups, or fewer distinct means, than experts.
+
     Notes
     -----
     Source: ours.
@@ -305,6 +321,9 @@ def split_among_experts(
             f"{len(used)} experts"
         )
     count, mean = cluster.count_G[used], cluster.mean_GF[used]
+    distinct = len(np.unique(mean, axis=0))
+    if num_experts > distinct:
+        raise ValueError(f"{num_experts} experts to share {distinct} distinct group means")
     label = KMeans(num_experts, n_init=10, random_state=seed).fit_predict(mean, sample_weight=count)
     parts = []
     for e in range(num_experts):

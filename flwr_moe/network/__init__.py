@@ -9,6 +9,7 @@ from flwr_moe.network.nodes import (
     answer_roll_call,
     profile_from_reply,
 )
+from flwr_moe.network.roll_call import call_roll
 from flwr_moe.network.satellite_links import SatelliteLinks
 from flwr_moe.network.simulated import HorizonReached, SimulatedGrid
 
@@ -22,6 +23,7 @@ __all__ = [
     "SatelliteLinks",
     "SimulatedGrid",
     "answer_roll_call",
+    "call_roll",
     "check_reply",
     "count_bytes",
     "default_kind",

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 DIRECTIONS = ("uplink", "downlink", "peer")
 EVENTS = ("lost", "late", "rejected")
@@ -61,8 +61,19 @@ def count_bytes(content: RecordDict, kind_of: KindFn = default_kind) -> dict[str
             for key, array in record.items():
                 sizes[kind_of(record_key, key)] += len(array.data) + len(key)
         else:
-            sizes["control"] += record.count_bytes()
+            sizes["control"] += _control_bytes(record)
     return dict(sizes)
+
+
+def _control_bytes(record: ConfigRecord | MetricRecord) -> int:
+    # Flower's own count stumbles over a value of no bytes; its key travels all the same.
+    empty = [key for key, value in record.items() if value in ("", b"", [])]
+    if not empty:
+        return record.count_bytes()
+    full = record.copy()
+    for key in empty:
+        del full[key]
+    return full.count_bytes() + sum(len(key) for key in empty)
 
 
 @dataclass
@@ -79,6 +90,8 @@ class Ledger:
         ``"lost"``, ``"late"`` and ``"rejected"`` replies.
     updates : int
         Training replies that arrived whole.
+    arrivals : list of (float, int)
+        Virtual time and site of each of them.
     steps, compute_s : int, float
         Training steps and virtual compute seconds of all devices.
     """
@@ -87,6 +100,7 @@ class Ledger:
     waits_s: dict[tuple[int, str], float] = field(default_factory=dict)
     events: Counter[str] = field(default_factory=Counter)
     updates: int = 0
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
     steps: int = 0
     compute_s: float = 0.0
 

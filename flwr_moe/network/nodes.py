@@ -10,6 +10,7 @@ from flwr.clientapp import ClientApp
 ROLL_CALL_ACTION = "roll_call"
 ROLL_CALL_TYPE = f"query.{ROLL_CALL_ACTION}"
 NODE_RECORD = "node"
+NODE_FACTS = ("partition-id", "role", "site", "num-examples", "steps-per-second")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,24 @@ class NodeProfile:
     steps_per_second: float = float("inf")
 
 
+def partition_told(message: Message) -> int | None:
+    """Return the partition id of a roll-call reply, None where the node does not tell it.
+
+    Raises
+    ------
+    ValueError
+        If it is not a whole number from 0.
+    """
+    if message.has_error() or NODE_RECORD not in message.content.config_records:
+        return None
+    value = message.content.config_records[NODE_RECORD].get("partition-id")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"roll call: 'partition-id' is {value!r}, expected a whole number from 0")
+    return value
+
+
 def profile_from_reply(message: Message, fallback: NodeProfile) -> NodeProfile:
     """Read a roll-call reply; fields the node leaves out keep the fallback's value.
 
@@ -54,17 +73,26 @@ def profile_from_reply(message: Message, fallback: NodeProfile) -> NodeProfile:
     -------
     NodeProfile
         The node's profile.
+
+    Raises
+    ------
+    ValueError
+        If a field is no number where one is expected, or out of range.
     """
     if message.has_error() or NODE_RECORD not in message.content.config_records:
         return fallback
     told = message.content.config_records[NODE_RECORD]
+    speed = _number(told, "steps-per-second", fallback.steps_per_second)
+    if not speed > 0:
+        raise ValueError(f"roll call: 'steps-per-second' is {speed}, expected a number above 0")
+    partition_id = partition_told(message)
     return replace(
         fallback,
-        partition_id=int(_number(told, "partition-id", fallback.partition_id)),
+        partition_id=fallback.partition_id if partition_id is None else partition_id,
         role=str(told.get("role", fallback.role)),
         site=int(_number(told, "site", fallback.site)),
         num_examples=int(_number(told, "num-examples", fallback.num_examples)),
-        steps_per_second=_number(told, "steps-per-second", fallback.steps_per_second),
+        steps_per_second=speed,
     )
 
 
@@ -93,11 +121,19 @@ def answer_roll_call(app: ClientApp, **facts: str | int | float) -> ClientApp:
     ClientApp
         The same app.
 
+    Raises
+    ------
+    ValueError
+        If a fact is unknown.
+
     Notes
     -----
     Source: ours.
     """
     known = {key.replace("_", "-"): value for key, value in facts.items()}
+    for key in known:
+        if key not in NODE_FACTS:
+            raise ValueError(f"roll call: '{key}' is unknown, expected one of {NODE_FACTS}")
 
     @app.query(ROLL_CALL_ACTION)
     def roll_call(message: Message, context: Context) -> Message:
@@ -110,9 +146,8 @@ def roll_call_reply(
     message: Message, context: Context, facts: dict[str, str | int | float]
 ) -> Message:
     """Build the roll-call reply of one node from ``facts`` and its node config."""
-    keys = ("partition-id", "role", "site", "num-examples", "steps-per-second")
-    told = {**facts, **{k: v for k, v in context.node_config.items() if k in keys}}
-    record = ConfigRecord({k: v for k, v in told.items() if k in keys})
+    told = {**facts, **context.node_config}
+    record = ConfigRecord({key: value for key, value in told.items() if key in NODE_FACTS})
     # Flower's own strategies insist on a MetricRecord in every reply they see.
     return Message(
         RecordDict({NODE_RECORD: record, "metrics": MetricRecord({"num-examples": 0})}),

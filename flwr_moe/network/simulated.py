@@ -15,7 +15,8 @@ from flwr_moe.network.flower_adapter import NodeInfo, Run, log
 from flwr_moe.network.guard import check_reply
 from flwr_moe.network.ledger import KindFn, Ledger, count_bytes, default_kind
 from flwr_moe.network.links import Links
-from flwr_moe.network.nodes import ROLL_CALL_TYPE, NodeProfile, profile_from_reply
+from flwr_moe.network.nodes import NodeProfile
+from flwr_moe.network.roll_call import call_roll
 
 REJECTED = 1001
 """Error code of a reply that arrived and cannot be used."""
@@ -36,7 +37,6 @@ class _Flight:
     delivered_s: float
     least_compute_s: float
     earliest_s: float
-    pushed_wall: float
     reply: Message | None = None
     arrival_s: float = math.nan
     up_sizes: dict[str, int] = field(default_factory=dict)
@@ -82,12 +82,14 @@ class SimulatedGrid(Grid):
     on_advance : callable, optional
         Called with the virtual time whenever the clock moves.
     poll_s, patience_s : float
-        Wall seconds between looks at ``grid``, and after which a silent process counts as lost.
+        Wall seconds between looks at ``grid``, and of silence from all processes after which an
+        unanswered message counts as lost.
 
     Notes
     -----
     Source: ours. Compute time is ``compute-seconds`` of the reply's metrics, else its
-    ``steps`` over the node's steps a second; never wall time.
+    ``steps`` over the node's steps a second; never wall time. ``steps-before`` in the metrics
+    are steps that needed nothing from the server and were begun at time zero.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class SimulatedGrid(Grid):
         self._queues: dict[int, list[_Flight]] = {}
         self._idle_s: dict[tuple[int, str], float] = {}
         self._serial = 0
+        self._heard_wall = 0.0
 
     # --- Grid ------------------------------------------------------------------
 
@@ -207,7 +210,7 @@ class SimulatedGrid(Grid):
             replies += batch
             done = {reply.metadata.reply_to_message_id for reply in batch}
             waiting = [i for i in waiting if i not in done]
-        self._abandon(waiting)
+        self.abandon(waiting)
         return replies
 
     # --- what our own strategies ask beyond a Grid ---------------------------------
@@ -218,29 +221,7 @@ class SimulatedGrid(Grid):
 
     def roll_call(self) -> dict[int, NodeProfile]:
         """Ask every node who it is; takes no virtual time and is not booked."""
-        ids = sorted(self.grid.get_node_ids())
-        fallback = {
-            node_id: NodeProfile(node_id, i, site=i, steps_per_second=self._steps_per_second)
-            for i, node_id in enumerate(ids)
-        }
-        questions = [Message(RecordDict(), node_id, ROLL_CALL_TYPE) for node_id in ids]
-        answers = self.grid.send_and_receive(questions, timeout=self._patience_s)
-        told = {m.metadata.src_node_id: m for m in answers}
-        silent = [i for i in ids if i not in told or told[i].has_error()]
-        if silent:
-            log(
-                WARNING,
-                "%d of %d nodes did not answer the roll call: they are ordered by node id, so runs "
-                "are not repeatable. Add answer_roll_call(app) to the ClientApp.",
-                len(silent),
-                len(ids),
-            )
-        self._profiles = {
-            i: profile_from_reply(told[i], fallback[i]) if i in told else fallback[i] for i in ids
-        }
-        partitions = [p.partition_id for p in self._profiles.values()]
-        if len(set(partitions)) != len(partitions):
-            raise ValueError(f"roll call: partition ids are not distinct: {sorted(partitions)}")
+        self._profiles = call_roll(self.grid, self._patience_s, self._steps_per_second)
         return self._profiles
 
     # --- inside ----------------------------------------------------------------
@@ -250,7 +231,11 @@ class SimulatedGrid(Grid):
         delivered = self._carry(node, "downlink", sum(sizes.values()), self.now)
         if math.isfinite(delivered):
             self.ledger.move(node.partition_id, "downlink", sizes, delivered - self.now)
-        sent, budget = self._with_budget(message.content, node, delivered)
+        # What never reaches its node needs no budget, and there may be no contact to bound one.
+        reached = math.isfinite(delivered)
+        sent, budget = (
+            self._with_budget(message.content, node, delivered) if reached else (message.content, 0)
+        )
         compute = budget / node.steps_per_second
         flight = _Flight(
             message_id=f"lost-{self._serial}",
@@ -260,15 +245,20 @@ class SimulatedGrid(Grid):
             delivered_s=delivered,
             least_compute_s=compute,
             earliest_s=self.links.transfer(node, "uplink", 0, delivered + compute)
-            if math.isfinite(delivered)
+            if reached
             else math.inf,
-            pushed_wall=time.monotonic(),
         )
         self._serial += 1
         if math.isfinite(flight.earliest_s) and flight.earliest_s <= self.horizon_s:
             message.content = sent
-            flight.message_id = next(iter(self.grid.push_messages([message])), flight.message_id)
-        if flight.message_id.startswith("lost-"):
+            # Flower's Grids leave out a message they refuse, or give None for it.
+            accepted = next(iter(self.grid.push_messages([message])), None)
+            if accepted:
+                flight.message_id = accepted
+                self._heard_wall = time.monotonic()
+            else:
+                flight.earliest_s = flight.arrival_s = math.inf
+        else:
             # It cannot come back before the horizon, so nobody need compute it.
             flight.arrival_s = flight.earliest_s
         self._flights[flight.message_id] = flight
@@ -284,6 +274,11 @@ class SimulatedGrid(Grid):
                 continue
             limit = record.get("max-local-steps")
             most = int(limit) if isinstance(limit, int) else None
+            if steps < 0 or (most is not None and most < 0):
+                raise ValueError(
+                    f"'local-steps' is {steps} and 'max-local-steps' is {most} in the message, "
+                    "expected 0 or more"
+                )
             if steps == 0:
                 contact = self.links.next_contact(node, "uplink", delivered_s)
                 fit = (contact - delivered_s) * node.steps_per_second
@@ -311,31 +306,45 @@ class SimulatedGrid(Grid):
 
     def _collect(self) -> None:
         """Take what the processes have finished, and work out when it would arrive."""
-        waiting = {f.message_id: f for queue in self._queues.values() for f in queue if not f.known}
+        # A reply can be pulled once: asked for again, Flower answers that there is none.
+        waiting = {
+            f.message_id: f
+            for queue in self._queues.values()
+            for f in queue
+            if not f.known and f.reply is None
+        }
         for reply in self.grid.pull_messages(list(waiting)) if waiting else ():
             waiting[reply.metadata.reply_to_message_id].reply = reply
-        given_up = time.monotonic() - self._patience_s
+            self._heard_wall = time.monotonic()
+        # Many messages may queue for few processes: only when all are silent is one given up.
+        given_up = time.monotonic() - self._heard_wall > self._patience_s
         for queue in self._queues.values():
             # A node answers in the order it was asked, so its flights resolve in order.
             while queue and (queue[0].known or queue[0].reply is not None):
                 self._land(queue.pop(0))
-            if queue and queue[0].pushed_wall < given_up:
+            if queue and given_up:
                 queue[0].arrival_s = math.inf
 
     def _land(self, flight: _Flight) -> None:
-        reply, node, compute = flight.reply, flight.node, flight.least_compute_s
-        if reply is None:
-            return
-        if reply.has_content():
+        reply, node, compute, ahead = flight.reply, flight.node, flight.least_compute_s, 0
+        if reply is not None and reply.has_content():
             flight.up_sizes = count_bytes(reply.content, self._kind_of)
             for metrics in reply.content.metric_records.values():
                 flight.steps = max(flight.steps, int(_scalar(metrics.get("steps"), 0)))
                 by_steps = flight.steps / node.steps_per_second
                 compute = max(compute, _scalar(metrics.get("compute-seconds"), by_steps))
+                ahead = max(ahead, int(_scalar(metrics.get("steps-before"), 0)))
         start = max(flight.delivered_s, self._idle_s.get((node.node_id, "compute"), 0.0))
+        # What needed nothing from the server was begun when the run was.
+        start = max(start, ahead / node.steps_per_second)
+        flight.steps += ahead
         ready = start + compute
-        self._idle_s[node.node_id, "compute"] = ready
-        flight.compute_s = compute
+        if math.isfinite(ready):
+            # Also where nobody computes because the horizon comes first: the node is busy.
+            self._idle_s[node.node_id, "compute"] = ready
+        if reply is None:
+            return
+        flight.compute_s = compute + ahead / node.steps_per_second
         flight.arrival_s = self._carry(node, "uplink", sum(flight.up_sizes.values()), ready)
         flight.up_wait_s = flight.arrival_s - ready
 
@@ -353,7 +362,8 @@ class SimulatedGrid(Grid):
                 if self.now >= self.horizon_s:
                     raise HorizonReached
                 return []
-            if first.known:
+            # An open one that might arrive at the same instant belongs to the same batch.
+            if first.known and all(f.known or f.earliest_s > first.arrival_s for f in flights):
                 if math.isinf(first.arrival_s):
                     self._count_lost(flights)
                     return []
@@ -389,10 +399,11 @@ class SimulatedGrid(Grid):
             log(WARNING, "node %d: %s", flight.node.partition_id, reply.error.reason)
         elif flight.train:
             self.ledger.updates += 1
+            self.ledger.arrivals.append((self.now, flight.node.site))
         return reply
 
-    def _abandon(self, message_ids: list[str]) -> None:
-        """Count what did not come in time.
+    def abandon(self, message_ids: list[str]) -> None:
+        """Give up waiting for messages: count them as late, or as lost.
 
         Its node stays busy with it and its bytes still travel, so the processes are waited for:
         otherwise the ledger would depend on how fast they are.

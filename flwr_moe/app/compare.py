@@ -1,0 +1,102 @@
+"""Several systems side by side: same data, same links, same seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from flwr_moe.app.client_app import make_client_app
+from flwr_moe.app.config import Settings
+from flwr_moe.app.engine import simulate
+from flwr_moe.app.runner import Progress, run_system
+from flwr_moe.app.sites import build_links
+from flwr_moe.app.spec import ConfigError
+from flwr_moe.app.systems import TUNED
+from flwr_moe.report import (
+    HistoryRow,
+    ResultsFolder,
+    RunRecord,
+    VirtualTimeProgress,
+    write_results,
+)
+from flwr_moe.report.table import print_table
+
+DEFAULT_CLIENTS = 18
+
+
+def run_compare(systems: list[str], settings: Settings, seeds: list[int], out: Path) -> int:
+    """Run every system with every seed, each in a Flower simulation of its own.
+
+    Results are written after every run, so that an interrupted comparison keeps what it has.
+
+    Parameters
+    ----------
+    systems : list of str
+        Names of systems.
+    settings : Settings
+        Shared by all; ``system`` and ``seed`` are overridden.
+    seeds : list of int
+        One run each.
+    out : Path
+        Results folder; an existing one is moved aside.
+
+    Returns
+    -------
+    int
+        Exit code 0.
+
+    Raises
+    ------
+    ConfigError
+        Before any training, if something does not fit.
+    """
+    settings = settings.replace(num_clients=settings.num_clients or DEFAULT_CLIENTS)
+    settings.validate_for(settings.num_clients)
+    for name in systems:
+        settings.replace(system=name)
+        if name not in TUNED:
+            raise ConfigError(f"system {name!r} is not available in this version")
+    build_links(settings)
+    folder = ResultsFolder.create(out)
+    horizon_s = settings.horizon_hours * 3600
+    runs: list[RunRecord] = []
+    results = None
+    with VirtualTimeProgress() as progress:
+        for seed in seeds:
+            for name in systems:
+                show = _shower(progress, f"{name} seed {seed}", horizon_s)
+                runs.append(run_one(name, settings, seed, show))
+                ordered = sorted(runs, key=lambda run: systems.index(run.system))
+                results = write_results(
+                    folder,
+                    ordered,
+                    settings.to_mapping(),
+                    settings.task,
+                    settings.links,
+                    horizon_s,
+                )
+    if results is not None:
+        print_table(results)
+        print(f"Results are in {folder}")
+    return 0
+
+
+def run_one(
+    name: str, settings: Settings, seed: int, on_progress: Progress | None = None
+) -> RunRecord:
+    """Run one system with one seed through Flower's simulation engine."""
+    run = settings.replace(system=name, seed=seed)
+
+    def main(grid: Grid) -> RunRecord:
+        return run_system(grid, name, run, seed, on_progress)
+
+    record: RunRecord = simulate(make_client_app(run), run.num_clients, main)
+    return record
+
+
+def _shower(progress: VirtualTimeProgress, label: str, horizon_s: float) -> Progress:
+    def show(now_s: float, row: HistoryRow | None) -> None:
+        progress.update(label, now_s, horizon_s, row.accuracy if row else None)
+
+    return show

@@ -1,0 +1,126 @@
+"""How good a global model is on held-out data of all clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flwr_moe.experts import (
+    ExpertLayout,
+    cluster_logits,
+    gate_inputs,
+    mixed_log_probs,
+    most_probable_log_probs,
+)
+from flwr_moe.strategies import EMSFL
+from flwr_moe.strategies.ems_plan import assigned_affinity, own_experts
+from flwr_moe.tasks import Samples, Task, accuracy_and_loss, predict
+
+Judge = Callable[[ArrayRecord], tuple[float, float]]
+
+
+def _over_clusters(answers: list[Tensor], tests: list[Samples]) -> tuple[float, float]:
+    """Accuracy and loss over the samples of all clusters together."""
+    return accuracy_and_loss(torch.cat(answers), torch.cat([test.y for test in tests]))
+
+
+def judge_model(task: Task) -> Judge:
+    """Judge the full model with its own gate."""
+    tests, model = task.test_data(), task.build_model()
+
+    def judge(arrays: ArrayRecord) -> tuple[float, float]:
+        model.load_state_dict(arrays.to_torch_state_dict())
+        return _over_clusters([predict(model, test.x) for test in tests], tests)
+
+    return judge
+
+
+class EMSJudge:
+    """Judge EMS-FL's assembled model, and its gate.
+
+    Parameters
+    ----------
+    task : Task
+        Held-out data and model.
+    strategy : EMSFL
+        Tells who owns what, and the router.
+    inference : str
+        ``"mixture"``: every cluster's submodel answers and the gate's posterior over clusters
+        mixes the answers. ``"gate"``: the experts the gate finds most probable answer, which
+        with a router are those of the most probable cluster.
+    """
+
+    def __init__(self, task: Task, strategy: EMSFL, inference: str) -> None:
+        self.task = task
+        self.strategy = strategy
+        self.inference = inference
+        self.tests = task.test_data()
+        self.model = task.build_model()
+        self.layout = ExpertLayout.of(self.model)
+
+    def __call__(self, arrays: ArrayRecord) -> tuple[float, float]:
+        """Accuracy and loss on the samples of all clusters together."""
+        state = arrays.to_torch_state_dict()
+        self.model.load_state_dict(state)
+        owned = [c.experts for c in self.strategy.routed_clusters]
+        by_gate = self.inference == "gate" and self.strategy.router is None
+        if not owned or by_gate:
+            # Before the gate is fitted, the model answers as it started.
+            answers = [predict(self.model, test.x) for test in self.tests]
+            return _over_clusters(answers, self.tests)
+        combine = mixed_log_probs if self.inference == "mixture" else most_probable_log_probs
+        answers = []
+        for test in self.tests:
+            logits = cluster_logits(self.model, self.layout, state, owned, test.x, predict)
+            answers.append(combine(logits, self.posterior(test.x)))
+        return _over_clusters(answers, self.tests)
+
+    def posterior(self, x: Tensor) -> NDArray[np.float64]:
+        """Probability of each cluster, shape (B, K): the router's, else the gate's mass."""
+        if self.strategy.router is not None:
+            return self.strategy.router.posterior(x)
+        inputs = gate_inputs(self.model, self.layout, x)[0]
+        gate = self.model.get_submodule(self.layout.moe_layers[0].gate)
+        with torch.no_grad():
+            mass_TE = gate(inputs).double().softmax(-1).numpy()
+        mass_BE = mass_TE.reshape(len(x), -1, mass_TE.shape[-1]).mean(1)
+        clusters = self.strategy.routed_clusters
+        return np.stack([mass_BE[:, c.experts[0]].sum(1) for c in clusters], 1)
+
+    def gate_report(self) -> dict[str, Any]:
+        """Return captured mass and gate accuracy on held-out data.
+
+        Captured mass is the mean posterior of the cluster a sample comes from; gate accuracy
+        is how often that cluster is the most probable. Assigned affinity is the warm-start
+        gate's mass on the experts each cluster got, best affinity what the exact assignment
+        with all clusters known would have given.
+        """
+        clusters = self.strategy.routed_clusters
+        if not clusters:
+            return {"captured-mass": 0.0, "gate-accuracy": 0.0}
+        masses, hits = [], []
+        for k, cluster in enumerate(clusters):
+            posterior_BK = self.posterior(self.tests[cluster.site].x)
+            masses.append(posterior_BK[:, k].mean())
+            hits.append((posterior_BK.argmax(1) == k).mean())
+        affinities = [c.report.affinity for c in clusters if c.report is not None]
+        owned = [c.experts for c in clusters]
+        best = own_experts(
+            affinities, [{} for _ in clusters], self.layout, 1, max(map(_most, owned))
+        )
+        return {
+            "captured-mass": float(np.mean(masses)),
+            "gate-accuracy": float(np.mean(hits)),
+            "assigned-affinity": assigned_affinity(affinities, owned),
+            "best-affinity": assigned_affinity(affinities, best),
+        }
+
+
+def _most(experts: dict[int, list[int]]) -> int:
+    return max(len(ids) for ids in experts.values())

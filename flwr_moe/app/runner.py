@@ -1,0 +1,142 @@
+"""Running one system on one simulated network, and writing down what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flwr.app import ArrayRecord
+from flwr.serverapp import Grid
+
+from flwr_moe.app.config import Settings
+from flwr_moe.app.sites import build_links
+from flwr_moe.app.systems import build_system, build_task, train_config
+from flwr_moe.app.tracker import Tracker
+from flwr_moe.network import HorizonReached, Links, SatelliteLinks, SimulatedGrid
+from flwr_moe.report import HistoryRow, RunRecord
+
+Progress = Callable[[float, HistoryRow | None], None]
+MANY_ROUNDS = 1_000_000
+
+
+def run_system(
+    grid: Grid,
+    system_name: str,
+    settings: Settings,
+    seed: int,
+    on_progress: Progress | None = None,
+) -> RunRecord:
+    """Run one system with one seed on Flower's Grid, through the links the settings describe.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's own Grid, with one node per client.
+    system_name : str
+        What to run.
+    settings : Settings
+        Everything else.
+    seed : int
+        Of data, model and training.
+    on_progress : callable, optional
+        Called with the virtual time and the last evaluation whenever the clock moves.
+
+    Returns
+    -------
+    RunRecord
+        History, summary, timeline and final weights.
+
+    Raises
+    ------
+    ConfigError
+        If the settings do not fit the number of nodes or the network.
+    """
+    began = time.monotonic()
+    num_clients = count_nodes(grid, settings.num_clients)
+    settings.validate_for(num_clients)
+    links = build_links(settings)
+    task = build_task(settings, settings.num_clients or num_clients, seed)
+    system = build_system(system_name, settings, task, seed)
+    last: list[HistoryRow] = []
+
+    def advance(now_s: float) -> None:
+        if on_progress is not None:
+            on_progress(now_s, last[-1] if last else None)
+
+    simulated = SimulatedGrid(
+        grid,
+        links,
+        horizon_s=settings.horizon_hours * 3600,
+        steps_per_second=settings.steps_per_second,
+        on_advance=advance,
+    )
+    tracker = Tracker(
+        system_name, seed, simulated, system.judge, settings.eval_every_minutes * 60, last.append
+    )
+    with contextlib.suppress(HorizonReached):
+        system.strategy.start(
+            grid=simulated,
+            initial_arrays=ArrayRecord(task.warm_model().state_dict()),
+            num_rounds=settings.num_rounds or MANY_ROUNDS,
+            timeout=settings.horizon_hours * 3600,
+            train_config=train_config(settings, system_name, seed),
+            evaluate_fn=tracker,
+        )
+    tracker.finish()
+    ledger = simulated.ledger
+    summary: dict[str, Any] = {
+        "uplink-bytes": ledger.total("uplink"),
+        "downlink-bytes": ledger.total("downlink"),
+        "peer-bytes": ledger.total("peer"),
+        "updates": ledger.updates,
+        "uplink-bytes-per-update": ledger.total("uplink") / max(ledger.updates, 1),
+        "bytes-by-kind": ledger.by_kind(),
+        "device-steps": ledger.steps,
+        "device-seconds": ledger.compute_s,
+        "wall-s": time.monotonic() - began,
+        "events": dict(ledger.events),
+        **system.report(),
+    }
+    weights = {key: array.numpy() for key, array in tracker.arrays.items()}
+    return RunRecord(
+        system=system_name,
+        seed=seed,
+        history=tracker.rows,
+        summary=summary,
+        passes=_passes(links, settings),
+        uploads=[{"cluster": site, "time-s": at_s} for at_s, site in ledger.arrivals],
+        weights={**weights, **system.extra_weights()},
+    )
+
+
+def count_nodes(grid: Grid, expected: int, patience_s: float = 30.0, quiet_s: float = 1.0) -> int:
+    """Wait until ``expected`` nodes are connected; with 0, until their number stays the same.
+
+    Returns
+    -------
+    int
+        Connected nodes, after ``patience_s`` wall seconds perhaps fewer than expected.
+    """
+    began = changed = time.monotonic()
+    count = 0
+    while time.monotonic() - began < patience_s:
+        now_connected = len(list(grid.get_node_ids()))
+        if now_connected != count:
+            count, changed = now_connected, time.monotonic()
+        if count and (count >= expected if expected else time.monotonic() - changed >= quiet_s):
+            break
+        time.sleep(0.05)
+    return count
+
+
+def _passes(links: Links, settings: Settings) -> list[dict[str, float]]:
+    if not isinstance(links, SatelliteLinks):
+        return []
+    return [
+        {"cluster": site, "rise-s": rise, "set-s": end}
+        for site in range(settings.num_clusters)
+        for rise, end in links.windows(site)
+        if rise < settings.horizon_hours * 3600
+    ]

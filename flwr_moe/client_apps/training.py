@@ -1,0 +1,145 @@
+"""Reading a training message, and the ClientApp functions that train a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from flwr_moe.tasks import Samples, Task, accuracy_and_loss, predict, train_steps
+
+TaskFn = Callable[[Context], Task]
+
+
+@dataclass(frozen=True)
+class TrainOrder:
+    """What a training message asks for.
+
+    Attributes
+    ----------
+    steps : int
+        Training steps: the ``step-budget`` that the network worked out, else ``local-steps``,
+        else (0: until the next contact) ``max-local-steps``.
+    learning_rate, batch_size : float, int
+        Of the local optimiser.
+    seed : int
+        Run seed and position of this training in the run, folded into one number.
+    """
+
+    steps: int
+    learning_rate: float
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: ConfigRecord, partition_id: int) -> TrainOrder:
+        """Read the order from a message's config record.
+
+        Raises
+        ------
+        ValueError
+            If a key is missing, or not a number of the expected range.
+        """
+        steps = _number(config, "local-steps", 0)
+        if steps == 0:
+            steps = _number(config, "max-local-steps", 1)
+        if "step-budget" in config:
+            steps = _number(config, "step-budget", 0)
+        parts = [_number(config, "seed", 0), _number(config, "server-round", 0), partition_id]
+        seed = torch.Generator().manual_seed(0).initial_seed()
+        for part in parts:
+            seed = (seed * 1_000_003 + int(part) + 1) % 2**31
+        return cls(
+            int(steps),
+            _number(config, "learning-rate", 0),
+            int(_number(config, "batch-size", 1)),
+            seed,
+        )
+
+    @property
+    def generator(self) -> torch.Generator:
+        """A generator for this training alone: the same order gives the same batches."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+def _number(config: ConfigRecord, key: str, least: float) -> float:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        raise ValueError(f"'{key}' is {value!r} in the message, expected a number from {least}")
+    return value
+
+
+def partition_of(context: Context) -> int:
+    """Return the node's partition id.
+
+    Raises
+    ------
+    ValueError
+        If the node was started without ``partition-id`` in its node config.
+    """
+    value = context.node_config.get("partition-id")
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"node config 'partition-id' is {value!r}, expected a whole number from 0 "
+            "(flower-supernode --node-config 'partition-id=0 num-partitions=…')"
+        )
+    return value
+
+
+def train_reply(
+    message: Message, record_key: str, arrays: ArrayRecord, metrics: dict[str, float | int]
+) -> Message:
+    """Build a reply of one ArrayRecord and one MetricRecord, as Flower's strategies expect."""
+    content = RecordDict({record_key: arrays, "metrics": MetricRecord(dict(metrics))})
+    return Message(content, reply_to=message)
+
+
+def register_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
+    """Make ``app`` train and evaluate the whole model of a task, for FedAvg and its like.
+
+    Parameters
+    ----------
+    app : ClientApp
+        The app to extend.
+    task_of : callable
+        Gives the task for a node's context.
+
+    Returns
+    -------
+    ClientApp
+        The same app.
+    """
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        torch.set_num_threads(1)
+        task, partition_id = task_of(context), partition_of(context)
+        order = TrainOrder.of(message.content.config_records["config"], partition_id)
+        model = task.build_model()
+        model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+        data = task.train_data(partition_id)
+        loss = train_steps(
+            model, data, order.steps, order.learning_rate, order.batch_size, order.generator
+        )
+        return train_reply(
+            message,
+            "arrays",
+            ArrayRecord(model.state_dict()),
+            {"num-examples": len(data), "steps": order.steps, "train-loss": loss},
+        )
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        torch.set_num_threads(1)
+        task, partition_id = task_of(context), partition_of(context)
+        model = task.build_model()
+        model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+        data: Samples = task.test_data()[task.cluster_of(partition_id)]
+        accuracy, loss = accuracy_and_loss(predict(model, data.x), data.y)
+        metrics = MetricRecord({"num-examples": len(data), "accuracy": accuracy, "loss": loss})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    return app

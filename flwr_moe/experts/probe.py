@@ -1,0 +1,97 @@
+"""Looking at what the gates see, on a device that does not hold the full model.
+
+Dimension suffixes: B samples, T gate decisions, D model width, E experts, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flwr_moe.experts.affinity import AffinitySum
+from flwr_moe.experts.layout import ExpertLayout
+
+
+@torch.no_grad()
+def gate_inputs(model: nn.Module, layout: ExpertLayout, x: Tensor) -> list[Tensor]:
+    """Return what the gate of every layer sees when the model reads ``x``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The full model or a submodel; put into evaluation mode for the pass.
+    layout : ExpertLayout
+        Layout of the full model.
+    x : Tensor, shape (B, ...)
+        Inputs.
+
+    Returns
+    -------
+    list of Tensor
+        One (T, D) tensor a layer; T is B, or B times the tokens of a sample.
+    """
+    seen: list[Tensor] = [torch.empty(0)] * layout.num_layers
+
+    def watch(i: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[i] = args[0].detach().reshape(-1, args[0].shape[-1])
+
+        return hook
+
+    was_training = model.training
+    with ExitStack() as stack:
+        for i, layer in enumerate(layout.moe_layers):
+            handle = model.get_submodule(layer.gate).register_forward_pre_hook(watch(i))
+            stack.callback(handle.remove)
+        model.eval()
+        model(x)
+    model.train(was_training)
+    return seen
+
+
+def sample_features(gate_input_TD: Tensor, num_samples: int) -> np.ndarray:
+    """Mean gate input of each sample over its tokens, shape (B, D)."""
+    width = gate_input_TD.shape[-1]
+    return gate_input_TD.reshape(num_samples, -1, width).mean(1).double().numpy()
+
+
+def affinity_from_inputs(
+    inputs: list[Tensor], layout: ExpertLayout, shared: Mapping[str, Any]
+) -> AffinitySum:
+    """Affinity to all experts from the gates' inputs and the full gates in the shared part.
+
+    A device that holds a few experts only can tell this of all of them: the gate is part of
+    what everybody has.
+
+    Parameters
+    ----------
+    inputs : list of Tensor
+        As :func:`gate_inputs` gives them.
+    layout : ExpertLayout
+        Layout of the full model.
+    shared : mapping
+        Shared tensors by their names in the state; gates have a row for every expert.
+
+    Returns
+    -------
+    AffinitySum
+        Sums of gate probabilities (L, E) and decisions (L,).
+
+    Notes
+    -----
+    Source: ours; for gates that are linear maps.
+    """
+    sum_LE = np.zeros((layout.num_layers, max(layout.layers)))
+    count_L = np.zeros(layout.num_layers, dtype=np.int64)
+    for i, (x_TD, keys) in enumerate(zip(inputs, layout.gate_rows, strict=True)):
+        rows = {key.rsplit(".", 1)[-1]: torch.as_tensor(shared[key]) for key in keys}
+        logits_TE = functional.linear(x_TD, rows["weight"], rows.get("bias"))
+        sum_LE[i, : layout.layers[i]] = logits_TE.double().softmax(-1).sum(0).numpy()
+        count_L[i] = len(x_TD)
+    return AffinitySum(sum_LE, count_L)
