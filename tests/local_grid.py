@@ -46,7 +46,8 @@ class LocalGrid(Grid):
         Every look at the Grid finishes one of the P open messages, in the order they were pushed
         the one at place ``number mod P``; the numbers are used in turn, over and over.
     delay_s : callable, optional
-        Messages run in threads, each after the wall seconds this gives for a partition id.
+        Messages run in threads, each after the wall seconds this gives for a partition id; it is
+        called in the thread, and may wait for others itself.
     silent, refused : collection of int
         Partitions that never answer a message, and whose messages Flower does not accept; sets
         that a test may change later.
@@ -138,7 +139,7 @@ class LocalGrid(Grid):
             if partition in self.silent:
                 continue
             if self._threads is not None:
-                self._threads.submit(self._run_later, stored, self._delay_s(partition))
+                self._threads.submit(self._run_later, stored, partition)
             elif self._picks is None:
                 self._execute(stored)
         return ids
@@ -176,8 +177,8 @@ class LocalGrid(Grid):
     def _is_silent(self, message: Message) -> bool:
         return self._partition[message.metadata.dst_node_id] in self.silent
 
-    def _run_later(self, message: Message, delay_s: float) -> None:
-        time.sleep(delay_s)
+    def _run_later(self, message: Message, partition_id: int) -> None:
+        time.sleep(self._delay_s(partition_id))
         self._execute(message)
 
     def _execute(self, message: Message) -> None:

@@ -42,7 +42,7 @@ _SYSTEMS = (
 #: What this version can run; the other choices of these keys are known and still to come.
 AVAILABLE_SYSTEMS = ("ems-fl", "fedavg", "fedavg-until-pass", "fedasync", "fedbuff")
 AVAILABLE_TASKS = ("digits",)
-AVAILABLE_LINKS = ("satellite", "fixed")
+AVAILABLE_LINKS = ("satellite", "fixed", "real")
 AVAILABLE_PARTITIONS = ("domains",)
 
 
@@ -71,8 +71,8 @@ class Settings:
     seed: int = _key(0, "seed of data, model and links", minimum=0)
     links: str = _key(
         "satellite",
-        "the network between server and devices",
-        choices=("satellite", "wireless", "fixed"),
+        "the network between server and devices; real: nothing is simulated",
+        choices=("satellite", "wireless", "fixed", "real"),
         available=AVAILABLE_LINKS,
     )
     horizon_hours: float = _key(48.0, "virtual hours to run", minimum=0, open_minimum=True)

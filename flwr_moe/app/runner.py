@@ -14,7 +14,7 @@ from flwr_moe.app.config import Settings
 from flwr_moe.app.sites import build_links
 from flwr_moe.app.systems import build_system, build_task, train_config
 from flwr_moe.app.tracker import Tracker
-from flwr_moe.network import HorizonReached, Links, SatelliteLinks, SimulatedGrid
+from flwr_moe.network import HorizonReached, Links, MeteredGrid, SatelliteLinks, SimulatedGrid
 from flwr_moe.report import HistoryRow, RunRecord
 
 Progress = Callable[[float, HistoryRow | None], None]
@@ -56,7 +56,7 @@ def run_system(
     began = time.monotonic()
     num_clients = count_nodes(grid, settings.num_clients)
     settings.validate_for(num_clients)
-    links = build_links(settings)
+    links = None if settings.links == "real" else build_links(settings)
     task = build_task(settings, settings.num_clients or num_clients, seed)
     system = build_system(system_name, settings, task, seed)
     last: list[HistoryRow] = []
@@ -65,27 +65,32 @@ def run_system(
         if on_progress is not None:
             on_progress(now_s, last[-1] if last else None)
 
-    simulated = SimulatedGrid(
-        grid,
-        links,
-        horizon_s=settings.horizon_hours * 3600,
-        steps_per_second=settings.steps_per_second,
-        on_advance=advance,
-    )
+    horizon_s = settings.horizon_hours * 3600
+    network: SimulatedGrid | MeteredGrid
+    if links is None:
+        network = MeteredGrid(grid, horizon_s=horizon_s, on_advance=advance)
+    else:
+        network = SimulatedGrid(
+            grid,
+            links,
+            horizon_s=horizon_s,
+            steps_per_second=settings.steps_per_second,
+            on_advance=advance,
+        )
     tracker = Tracker(
-        system_name, seed, simulated, system.judge, settings.eval_every_minutes * 60, last.append
+        system_name, seed, network, system.judge, settings.eval_every_minutes * 60, last.append
     )
     with contextlib.suppress(HorizonReached):
         system.strategy.start(
-            grid=simulated,
+            grid=network,
             initial_arrays=ArrayRecord(task.warm_model().state_dict()),
             num_rounds=settings.num_rounds or MANY_ROUNDS,
-            timeout=settings.horizon_hours * 3600,
+            timeout=horizon_s,
             train_config=train_config(settings, system_name, seed),
             evaluate_fn=tracker,
         )
     tracker.finish()
-    ledger = simulated.ledger
+    ledger = network.ledger
     summary: dict[str, Any] = {
         "uplink-bytes": ledger.total("uplink"),
         "downlink-bytes": ledger.total("downlink"),
@@ -131,7 +136,7 @@ def count_nodes(grid: Grid, expected: int, patience_s: float = 30.0, quiet_s: fl
     return count
 
 
-def _passes(links: Links, settings: Settings) -> list[dict[str, float]]:
+def _passes(links: Links | None, settings: Settings) -> list[dict[str, float]]:
     if not isinstance(links, SatelliteLinks):
         return []
     return [

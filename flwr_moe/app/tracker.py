@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from flwr.app import ArrayRecord, MetricRecord
 
-from flwr_moe.network import SimulatedGrid
+from flwr_moe.network import MeteredGrid, SimulatedGrid
 from flwr_moe.report import HistoryRow
 
 Judge = Callable[[ArrayRecord], tuple[float, float]]
@@ -20,7 +20,7 @@ class Tracker:
     ----------
     system, seed : str, int
         Whose history it is.
-    grid : SimulatedGrid
+    grid : SimulatedGrid or MeteredGrid
         Tells the time and the bytes.
     judge : callable
         Accuracy and loss of a global model on held-out data.
@@ -41,7 +41,7 @@ class Tracker:
         self,
         system: str,
         seed: int,
-        grid: SimulatedGrid,
+        grid: SimulatedGrid | MeteredGrid,
         judge: Judge,
         every_s: float = 0.0,
         on_row: Callable[[HistoryRow], None] | None = None,

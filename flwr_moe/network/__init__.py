@@ -1,8 +1,10 @@
 """The network as a Flower Grid: virtual clock, links and ledger."""
 
 from flwr_moe.network.guard import check_reply
+from flwr_moe.network.horizon import HorizonReached
 from flwr_moe.network.ledger import Ledger, count_bytes, default_kind
 from flwr_moe.network.links import FixedLinks, Links
+from flwr_moe.network.metered import MeteredGrid
 from flwr_moe.network.nodes import (
     ROLL_CALL_TYPE,
     NodeProfile,
@@ -11,7 +13,7 @@ from flwr_moe.network.nodes import (
 )
 from flwr_moe.network.roll_call import call_roll
 from flwr_moe.network.satellite_links import SatelliteLinks
-from flwr_moe.network.simulated import HorizonReached, SimulatedGrid
+from flwr_moe.network.simulated import SimulatedGrid
 
 __all__ = [
     "ROLL_CALL_TYPE",
@@ -19,6 +21,7 @@ __all__ = [
     "HorizonReached",
     "Ledger",
     "Links",
+    "MeteredGrid",
     "NodeProfile",
     "SatelliteLinks",
     "SimulatedGrid",

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from flwr_moe.network.flower_adapter import NodeInfo, Run, log
 from flwr_moe.network.guard import check_reply
+from flwr_moe.network.horizon import HorizonReached
 from flwr_moe.network.ledger import KindFn, Ledger, count_bytes, default_kind
 from flwr_moe.network.links import Links
 from flwr_moe.network.nodes import NodeProfile
@@ -20,10 +21,6 @@ from flwr_moe.network.roll_call import call_roll
 
 REJECTED = 1001
 """Error code of a reply that arrived and cannot be used."""
-
-
-class HorizonReached(Exception):  # noqa: N818 - it ends a run, it is no mistake
-    """The simulated time is over; what was learnt until then stands."""
 
 
 @dataclass

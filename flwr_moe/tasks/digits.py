@@ -124,9 +124,9 @@ class Digits:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             dense = DenseClassifier(64, self.num_classes, D_MODEL, D_HIDDEN)
-        public = self.public_data()
-        train_steps(dense, public, WARM_STEPS, WARM_LEARNING_RATE, 32, generator)
-        model = dense.upcycled(self.num_experts, self.top_k, UPCYCLING_NOISE, generator)
+            public = self.public_data()
+            train_steps(dense, public, WARM_STEPS, WARM_LEARNING_RATE, 32, generator)
+            model = dense.upcycled(self.num_experts, self.top_k, UPCYCLING_NOISE, generator)
         train_steps(model, public, WARM_MOE_STEPS, WARM_LEARNING_RATE, 32, generator)
         return model
 

@@ -1,6 +1,9 @@
 """Settings: parsing, errors, help and the checks against each other."""
 
 import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +33,7 @@ PROMISED = {
     "dirichlet-alpha": 0.3,
     "learning-rate": 0.0,
     "batch-size": 16,
-    "local-steps": 100,
+    "local-steps": 0,
     "max-local-steps": 1000,
     "ems-fl.gate": "random-features",
     "ems-fl.assignment": "exact",
@@ -183,3 +186,18 @@ def test_help_lists_every_key_with_its_default() -> None:
         (line,) = [line for line in lines if line.split()[0] == spec.key]
         assert spec.help in line
     assert any(line.endswith("[random-features]") for line in lines)
+
+
+def test_pyproject_lists_every_setting_with_its_default() -> None:
+    # `flwr run --run-config` accepts only keys that pyproject.toml lists.
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    listed = flatten(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
+    assert listed == Settings().to_mapping()
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat

@@ -57,7 +57,8 @@ def averaging_app() -> ClientApp:
 
 
 def fedavg(grid):
-    return FedAvg(min_available_nodes=3).start(
+    # FedAvg counts nodes before it waits for them, and the engine's come one after the other.
+    return FedAvg(min_train_nodes=3, min_evaluate_nodes=3, min_available_nodes=3).start(
         grid, ArrayRecord({"w": Array(np.ones(3))}), ROUNDS, train_config=ConfigRecord(dict(CONFIG))
     )
 

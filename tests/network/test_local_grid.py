@@ -1,5 +1,7 @@
 """The tests' own Grid behaves as Flower's."""
 
+import time
+
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -77,10 +79,17 @@ def test_finish_order(picks, expected):
     assert seen == expected
 
 
-def test_threads_finish_by_their_delays():
-    grid = LocalGrid(counting_app(), 3, delay_s=lambda partition: 0.06 * (2 - partition))
+def test_threads_finish_as_their_delays_say():
+    def wait_for_the_next(partition):
+        while len(grid.executed) < 2 - partition:
+            time.sleep(0.001)
+        return 0.0
+
+    grid = LocalGrid(counting_app(), 3, delay_s=wait_for_the_next)
     replies = grid.send_and_receive([ask(grid, partition) for partition in range(3)])
-    assert [reply.content["m"]["partition"] for reply in replies] == [2, 1, 0]
+    assert sorted(reply.content["m"]["partition"] for reply in replies) == [0, 1, 2]
+    finished = [message.metadata.dst_node_id for message in grid.executed]
+    assert finished == [grid.node_id(partition) for partition in (2, 1, 0)]
 
 
 def test_silent_and_refusing_nodes():

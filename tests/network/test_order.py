@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -60,12 +61,14 @@ def by_hand(work, rate, delay):
 def test_replies_come_in_virtual_order(work, rate, delay, order_a, order_b):
     trace, ledger = run(work, rate, delay, order_a)
     expected = {tag: arrival for arrival, _, tag in by_hand(work, rate, delay)}
-    assert {tag: time for time, _, tag in trace} == pytest.approx(expected, abs=ROUNDING_S)
+    assert {tag: arrival_s for arrival_s, _, tag in trace} == pytest.approx(
+        expected, abs=ROUNDING_S
+    )
     assert [entry[:2] for entry in trace] == sorted(entry[:2] for entry in trace)
-    for time, _, tag in trace:
+    for arrival_s, _, tag in trace:
         # No message earlier than its bytes and its computing allow.
         n_bytes = work[tag]["sent"] + work[tag]["reply"]
-        assert time >= 8 * n_bytes / rate + 2 * delay + work[tag]["seconds"] - ROUNDING_S
+        assert arrival_s >= 8 * n_bytes / rate + 2 * delay + work[tag]["seconds"] - ROUNDING_S
     assert ledger.total("downlink") == sum(job["sent"] for job in work)
     assert ledger.total("uplink") == sum(job["reply"] for job in work)
     # Exactly the same in another finish order, with other node ids, and without any waiting.
@@ -105,18 +108,28 @@ def events(finish_order, speeds, seed):
 def test_asynchronous_runs_are_repeatable(speeds, finish_order, seed):
     trace = events(None, speeds, 0)
     assert events(finish_order, speeds, seed) == trace
-    times = [time for time, _, _ in trace]
+    times = [arrival_s for arrival_s, _, _ in trace]
     assert times == sorted(times)
 
 
 def test_threads_that_finish_in_the_opposite_order():
     work = [{"partition": p, "sent": 100, "reply": 100, "seconds": 5.0 * p} for p in range(4)]
     expected, _ = run(work, 800.0, 0.0, None)
-    local = LocalGrid(worker_app(), 4, delay_s=lambda partition: 0.02 * (3 - partition))
+
+    def wait_for_the_next(partition):
+        while len(local.executed) < 3 - partition:
+            time.sleep(0.001)
+        return 0.0
+
+    local = LocalGrid(worker_app(), 4, delay_s=wait_for_the_next)
     grid = SimulatedGrid(local, FixedLinks(800.0), poll_s=0.001)
+    grid.roll_call()
+    local.executed.clear()
     batch = [order(local.node_id(p), 100, seconds=5.0 * p, tag=p) for p in range(4)]
     assert drain(grid, grid.push_messages(batch)) == expected
     assert [partition for _, partition, _ in expected] == [0, 1, 2, 3]
+    finished = [message.metadata.dst_node_id for message in local.executed]
+    assert finished == [local.node_id(partition) for partition in (3, 2, 1, 0)]
 
 
 def test_a_reply_is_not_held_back_by_one_that_must_come_later():

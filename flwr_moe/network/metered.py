@@ -1,0 +1,148 @@
+"""Flower's own Grid on real links, with a ledger and the time since the start."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from flwr_moe.network.flower_adapter import NodeInfo, Run
+from flwr_moe.network.horizon import HorizonReached
+from flwr_moe.network.ledger import KindFn, Ledger, count_bytes, default_kind
+from flwr_moe.network.nodes import NodeProfile
+from flwr_moe.network.roll_call import call_roll
+
+
+class MeteredGrid(Grid):
+    """A pass-through Grid for deployments: real links gate, the ledger counts.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's own.
+    ledger : Ledger, optional
+        A new one by default. Bytes are those of the records, without Flower's envelopes.
+    horizon_s : float
+        Wall seconds after which pushing raises :class:`HorizonReached`.
+    kind_of : callable
+        Names the kind of every array for the ledger.
+    on_advance : callable, optional
+        Called with the seconds since the start whenever replies come.
+
+    Notes
+    -----
+    Source: ours.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        ledger: Ledger | None = None,
+        horizon_s: float = math.inf,
+        kind_of: KindFn = default_kind,
+        on_advance: Callable[[float], None] | None = None,
+    ) -> None:
+        self.grid = grid
+        self.ledger = Ledger() if ledger is None else ledger
+        self.horizon_s = horizon_s
+        self._kind_of = kind_of
+        self._on_advance = on_advance
+        self._began = time.monotonic()
+        self._profiles: dict[int, NodeProfile] | None = None
+
+    @property
+    def now(self) -> float:
+        """Wall seconds since the Grid was made."""
+        return time.monotonic() - self._began
+
+    def set_run(self, run: Run) -> None:
+        """Hand the run to the inner Grid."""
+        self.grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The inner Grid's run."""
+        return self.grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message as Flower's own Grids do."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Node ids of the inner Grid."""
+        return self.grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Node descriptions of the inner Grid."""
+        return self.grid.get_nodes()
+
+    def profiles(self) -> dict[int, NodeProfile]:
+        """Profiles by node id, in order of partition id; asks whoever is new."""
+        ids = set(self.grid.get_node_ids())
+        if self._profiles is None or not ids <= set(self._profiles):
+            self._profiles = call_roll(self.grid, timeout=300.0)
+        known = self._profiles
+        return {i: known[i] for i in sorted(ids, key=lambda i: known[i].partition_id)}
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages, and book them as downlink."""
+        if self.now >= self.horizon_s:
+            raise HorizonReached
+        batch = list(messages)
+        for message in batch:
+            self._book(message.metadata.dst_node_id, "downlink", message)
+        return list(self.grid.push_messages(batch))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Fetch what has come back, and book it as uplink."""
+        return self._received(self.grid.pull_messages(message_ids))
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send and wait, for at most ``timeout`` wall seconds; what is missing counts as late."""
+        if self.now >= self.horizon_s:
+            raise HorizonReached
+        batch = list(messages)
+        for message in batch:
+            self._book(message.metadata.dst_node_id, "downlink", message)
+        replies = self._received(self.grid.send_and_receive(batch, timeout=timeout))
+        if len(batch) > len(replies):
+            self.ledger.event("late", len(batch) - len(replies))
+        return replies
+
+    def _received(self, replies: Iterable[Message]) -> list[Message]:
+        came = list(replies)
+        for reply in came:
+            node = self._book(reply.metadata.src_node_id, "uplink", reply)
+            if reply.has_error():
+                self.ledger.event("rejected")
+            elif reply.metadata.message_type.split(".")[0] == MessageType.TRAIN:
+                self.ledger.updates += 1
+                self.ledger.arrivals.append((self.now, node.site))
+                for metrics in reply.content.metric_records.values():
+                    steps = metrics.get("steps", 0)
+                    self.ledger.steps += int(steps) if isinstance(steps, int | float) else 0
+        if came and self._on_advance is not None:
+            self._on_advance(self.now)
+        return came
+
+    def _book(self, node_id: int, direction: str, message: Message) -> NodeProfile:
+        if self._profiles is None or node_id not in self._profiles:
+            self.profiles()
+        node = (self._profiles or {}).get(node_id, NodeProfile(node_id, -1))
+        if message.has_content():
+            sizes = count_bytes(message.content, self._kind_of)
+            self.ledger.move(node.partition_id, direction, sizes, 0.0)
+        return node
