@@ -118,7 +118,7 @@ class Settings:
         0, "most experts a cluster owns; 0: num-experts / num-clusters, rounded up", minimum=0
     )
     eval_every_minutes: float = _key(
-        0.0, "least virtual minutes between evaluations; 0: after every update", minimum=0
+        1.0, "virtual minutes a model must last to be evaluated; 0: every one", minimum=0
     )
 
     ems_fl_gate: str = _key(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,18 +11,18 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flwr_moe.app.tracker import Judge, Verdict
 from flwr_moe.experts import (
     ExpertLayout,
+    Router,
     cluster_logits,
     gate_inputs,
     mixed_log_probs,
     most_probable_log_probs,
 )
 from flwr_moe.strategies import EMSFL
-from flwr_moe.strategies.ems_plan import assigned_affinity, own_experts
+from flwr_moe.strategies.ems_plan import Experts, assigned_affinity, own_experts
 from flwr_moe.tasks import Samples, Task, accuracy_and_loss, predict
-
-Judge = Callable[[ArrayRecord], tuple[float, float]]
 
 
 def _over_clusters(answers: list[Tensor], tests: list[Samples]) -> tuple[float, float]:
@@ -34,9 +34,12 @@ def judge_model(task: Task) -> Judge:
     """Judge the full model with its own gate."""
     tests, model = task.test_data(), task.build_model()
 
-    def judge(arrays: ArrayRecord) -> tuple[float, float]:
-        model.load_state_dict(arrays.to_torch_state_dict())
-        return _over_clusters([predict(model, test.x) for test in tests], tests)
+    def judge(arrays: ArrayRecord) -> Verdict:
+        def verdict() -> tuple[float, float]:
+            model.load_state_dict(arrays.to_torch_state_dict())
+            return _over_clusters([predict(model, test.x) for test in tests], tests)
+
+        return verdict
 
     return judge
 
@@ -64,12 +67,17 @@ class EMSJudge:
         self.model = task.build_model()
         self.layout = ExpertLayout.of(self.model)
 
-    def __call__(self, arrays: ArrayRecord) -> tuple[float, float]:
-        """Accuracy and loss on the samples of all clusters together."""
+    def __call__(self, arrays: ArrayRecord) -> Verdict:
+        """Judge with the owners and the gate as they are now."""
+        owned = [cluster.experts for cluster in self.strategy.routed_clusters]
+        return partial(self._verdict, arrays, owned, self.strategy.router)
+
+    def _verdict(
+        self, arrays: ArrayRecord, owned: list[Experts], router: Router | None
+    ) -> tuple[float, float]:
         state = arrays.to_torch_state_dict()
         self.model.load_state_dict(state)
-        owned = [c.experts for c in self.strategy.routed_clusters]
-        by_gate = self.inference == "gate" and self.strategy.router is None
+        by_gate = self.inference == "gate" and router is None
         if not owned or by_gate:
             # Before the gate is fitted, the model answers as it started.
             answers = [predict(self.model, test.x) for test in self.tests]
@@ -78,20 +86,21 @@ class EMSJudge:
         answers = []
         for test in self.tests:
             logits = cluster_logits(self.model, self.layout, state, owned, test.x, predict)
-            answers.append(combine(logits, self.posterior(test.x)))
+            answers.append(combine(logits, self.posterior(test.x, owned, router)))
         return _over_clusters(answers, self.tests)
 
-    def posterior(self, x: Tensor) -> NDArray[np.float64]:
+    def posterior(
+        self, x: Tensor, owned: list[Experts], router: Router | None
+    ) -> NDArray[np.float64]:
         """Probability of each cluster, shape (B, K): the router's, else the gate's mass."""
-        if self.strategy.router is not None:
-            return self.strategy.router.posterior(x)
+        if router is not None:
+            return router.posterior(x)
         inputs = gate_inputs(self.model, self.layout, x)[0]
         gate = self.model.get_submodule(self.layout.moe_layers[0].gate)
         with torch.no_grad():
             mass_TE = gate(inputs).double().softmax(-1).numpy()
         mass_BE = mass_TE.reshape(len(x), -1, mass_TE.shape[-1]).mean(1)
-        clusters = self.strategy.routed_clusters
-        return np.stack([mass_BE[:, c.experts[0]].sum(1) for c in clusters], 1)
+        return np.stack([mass_BE[:, experts[0]].sum(1) for experts in owned], 1)
 
     def gate_report(self) -> dict[str, Any]:
         """Return captured mass and gate accuracy on held-out data.
@@ -104,13 +113,13 @@ class EMSJudge:
         clusters = self.strategy.routed_clusters
         if not clusters:
             return {"captured-mass": 0.0, "gate-accuracy": 0.0}
+        owned, router = [c.experts for c in clusters], self.strategy.router
         masses, hits = [], []
         for k, cluster in enumerate(clusters):
-            posterior_BK = self.posterior(self.tests[cluster.site].x)
+            posterior_BK = self.posterior(self.tests[cluster.site].x, owned, router)
             masses.append(posterior_BK[:, k].mean())
             hits.append((posterior_BK.argmax(1) == k).mean())
         affinities = [c.report.affinity for c in clusters if c.report is not None]
-        owned = [c.experts for c in clusters]
         best = own_experts(
             affinities, [{} for _ in clusters], self.layout, 1, max(map(_most, owned))
         )

@@ -11,7 +11,8 @@ from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from flwr_moe.app.config import Settings
-from flwr_moe.app.judge import EMSJudge, Judge, judge_model
+from flwr_moe.app.judge import EMSJudge, judge_model
+from flwr_moe.app.tracker import Judge
 from flwr_moe.experts import ExpertLayout, median_gamma
 from flwr_moe.strategies import EMSFL, FedAsync, FedBuff
 from flwr_moe.tasks import Digits, Task

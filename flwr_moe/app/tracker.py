@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from flwr.app import ArrayRecord, MetricRecord
 
 from flwr_moe.network import MeteredGrid, SimulatedGrid
 from flwr_moe.report import HistoryRow
 
-Judge = Callable[[ArrayRecord], tuple[float, float]]
+Verdict = Callable[[], tuple[float, float]]
+Judge = Callable[[ArrayRecord], Verdict]
 
 
 class Tracker:
-    """An ``evaluate_fn`` that writes down what it sees, and when.
+    """An ``evaluate_fn`` that writes down how good the model is, and when.
+
+    A model is judged once it has lasted, so that a burst of updates in one pass costs one
+    evaluation; the last model of a run always is.
 
     Parameters
     ----------
@@ -23,9 +28,10 @@ class Tracker:
     grid : SimulatedGrid or MeteredGrid
         Tells the time and the bytes.
     judge : callable
-        Accuracy and loss of a global model on held-out data.
-    every_s : float
-        Least virtual seconds between two evaluations; 0 for every call.
+        Takes a global model and returns a function that gives its accuracy and loss on held-out
+        data; what else the verdict depends on is taken as it is at that moment.
+    lasting_s : float
+        Seconds a model must have lasted to be judged.
     on_row : callable, optional
         Called with each new row.
 
@@ -43,47 +49,48 @@ class Tracker:
         seed: int,
         grid: SimulatedGrid | MeteredGrid,
         judge: Judge,
-        every_s: float = 0.0,
+        lasting_s: float = 0.0,
         on_row: Callable[[HistoryRow], None] | None = None,
     ) -> None:
         self.system = system
         self.seed = seed
         self.grid = grid
         self.judge = judge
-        self.every_s = every_s
+        self.lasting_s = lasting_s
         self.rows: list[HistoryRow] = []
         self.arrays = ArrayRecord()
         self._on_row = on_row
-        self._round = 0
-        self._unseen = False
+        self._open: tuple[HistoryRow, Verdict] | None = None
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """Judge the model now, unless the last time was too short ago."""
-        self.arrays, self._round, self._unseen = arrays, server_round, True
-        last = self.rows[-1].time_s if self.rows else -math.inf
-        return self._judge() if self.grid.now - last >= self.every_s else None
-
-    def finish(self) -> None:
-        """Judge the last model if it has not been."""
-        if self._unseen:
-            self._judge()
-
-    def _judge(self) -> MetricRecord:
-        accuracy, loss = self.judge(self.arrays)
+        """Take note of a new global model, and judge the one before it if that has lasted."""
+        if self._open is not None and self.grid.now - self._open[0].time_s >= self.lasting_s:
+            self.finish()
         ledger = self.grid.ledger
         row = HistoryRow(
             system=self.system,
             seed=self.seed,
             time_s=self.grid.now,
-            round=self._round,
-            accuracy=accuracy,
-            loss=loss,
+            round=server_round,
+            accuracy=math.nan,
+            loss=math.nan,
             uplink_bytes=ledger.total("uplink"),
             downlink_bytes=ledger.total("downlink"),
             peer_bytes=ledger.total("peer"),
         )
-        self.rows.append(row)
-        self._unseen = False
+        self.arrays = arrays
+        self._open = (row, self.judge(arrays))
+        if not self.rows:
+            self.finish()
+        return None
+
+    def finish(self) -> None:
+        """Judge the last model if it has not been."""
+        if self._open is None:
+            return
+        row, verdict = self._open
+        self._open = None
+        accuracy, loss = verdict()
+        self.rows.append(replace(row, accuracy=accuracy, loss=loss))
         if self._on_row is not None:
-            self._on_row(row)
-        return MetricRecord({"accuracy": accuracy, "loss": loss})
+            self._on_row(self.rows[-1])

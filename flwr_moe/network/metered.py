@@ -6,17 +6,17 @@ import math
 import time
 from collections.abc import Callable, Iterable
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from flwr_moe.network.flower_adapter import NodeInfo, Run
 from flwr_moe.network.horizon import HorizonReached
 from flwr_moe.network.ledger import KindFn, Ledger, count_bytes, default_kind
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.network.roll_call import call_roll
+from flwr_moe.network.wrapped import WrappedGrid
 
 
-class MeteredGrid(Grid):
+class MeteredGrid(WrappedGrid):
     """A pass-through Grid for deployments: real links gate, the ledger counts.
 
     Parameters
@@ -46,54 +46,22 @@ class MeteredGrid(Grid):
         kind_of: KindFn = default_kind,
         on_advance: Callable[[float], None] | None = None,
     ) -> None:
-        self.grid = grid
+        super().__init__(grid)
         self.ledger = Ledger() if ledger is None else ledger
         self.horizon_s = horizon_s
         self._kind_of = kind_of
         self._on_advance = on_advance
         self._began = time.monotonic()
-        self._profiles: dict[int, NodeProfile] | None = None
 
     @property
     def now(self) -> float:
         """Wall seconds since the Grid was made."""
         return time.monotonic() - self._began
 
-    def set_run(self, run: Run) -> None:
-        """Hand the run to the inner Grid."""
-        self.grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The inner Grid's run."""
-        return self.grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Create a message as Flower's own Grids do."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Node ids of the inner Grid."""
-        return self.grid.get_node_ids()
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Node descriptions of the inner Grid."""
-        return self.grid.get_nodes()
-
-    def profiles(self) -> dict[int, NodeProfile]:
-        """Profiles by node id, in order of partition id; asks whoever is new."""
-        ids = set(self.grid.get_node_ids())
-        if self._profiles is None or not ids <= set(self._profiles):
-            self._profiles = call_roll(self.grid, timeout=300.0)
-        known = self._profiles
-        return {i: known[i] for i in sorted(ids, key=lambda i: known[i].partition_id)}
+    def roll_call(self) -> dict[int, NodeProfile]:
+        """Ask every node who it is; not booked."""
+        self._profiles = call_roll(self.grid, timeout=300.0)
+        return self._profiles
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send messages, and book them as downlink."""
@@ -139,9 +107,9 @@ class MeteredGrid(Grid):
         return came
 
     def _book(self, node_id: int, direction: str, message: Message) -> NodeProfile:
-        if self._profiles is None or node_id not in self._profiles:
+        if node_id not in self._profiles:
             self.profiles()
-        node = (self._profiles or {}).get(node_id, NodeProfile(node_id, -1))
+        node = self._profiles.get(node_id, NodeProfile(node_id, -1))
         if message.has_content():
             sizes = count_bytes(message.content, self._kind_of)
             self.ledger.move(node.partition_id, direction, sizes, 0.0)

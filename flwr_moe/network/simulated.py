@@ -5,52 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from logging import WARNING
 
-from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import Error, Message, MessageType
 from flwr.serverapp import Grid
 
-from flwr_moe.network.flower_adapter import NodeInfo, Run, log
+from flwr_moe.network.flight import Flight, with_budget
+from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.guard import check_reply
 from flwr_moe.network.horizon import HorizonReached
 from flwr_moe.network.ledger import KindFn, Ledger, count_bytes, default_kind
 from flwr_moe.network.links import Links
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.network.roll_call import call_roll
+from flwr_moe.network.wrapped import WrappedGrid
 
 REJECTED = 1001
 """Error code of a reply that arrived and cannot be used."""
 
 
-@dataclass
-class _Flight:
-    """One message on its way: sent, computed on, and answered."""
-
-    message_id: str
-    node: NodeProfile
-    message: Message
-    train: bool
-    delivered_s: float
-    least_compute_s: float
-    earliest_s: float
-    reply: Message | None = None
-    arrival_s: float = math.nan
-    up_sizes: dict[str, int] = field(default_factory=dict)
-    up_wait_s: float = 0.0
-    steps: int = 0
-    compute_s: float = 0.0
-
-    @property
-    def known(self) -> bool:
-        return not math.isnan(self.arrival_s)
-
-    @property
-    def order(self) -> tuple[float, int]:
-        return (self.arrival_s if self.known else self.earliest_s, self.node.partition_id)
-
-
-class SimulatedGrid(Grid):
+class SimulatedGrid(WrappedGrid):
     """Flower's Grid with a virtual clock, links and a ledger.
 
     A message pushed at virtual time t reaches its node after its bytes went through
@@ -106,7 +80,7 @@ class SimulatedGrid(Grid):
             raise ValueError(f"horizon_s is {horizon_s}, expected a number above 0")
         if not steps_per_second > 0:
             raise ValueError(f"steps_per_second is {steps_per_second}, expected above 0")
-        self.grid = grid
+        super().__init__(grid)
         self.links = links
         self.ledger = Ledger() if ledger is None else ledger
         self.horizon_s = horizon_s
@@ -116,45 +90,13 @@ class SimulatedGrid(Grid):
         self._on_advance = on_advance
         self._poll_s = poll_s
         self._patience_s = patience_s
-        self._profiles: dict[int, NodeProfile] = {}
-        self._flights: dict[str, _Flight] = {}
-        self._queues: dict[int, list[_Flight]] = {}
+        self._flights: dict[str, Flight] = {}
+        self._queues: dict[int, list[Flight]] = {}
         self._idle_s: dict[tuple[int, str], float] = {}
         self._serial = 0
         self._heard_wall = 0.0
 
     # --- Grid ------------------------------------------------------------------
-
-    def set_run(self, run: Run) -> None:
-        """Hand the run to the inner Grid."""
-        self.grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The inner Grid's run."""
-        return self.grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Create a message as Flower's own Grids do."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Node ids in order of partition id."""
-        ids = set(self.grid.get_node_ids())
-        if any(node_id not in self._profiles for node_id in ids):
-            self.roll_call()
-        return sorted(ids, key=lambda node_id: self._profiles[node_id].partition_id)
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Node descriptions of the inner Grid."""
-        return self.grid.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send messages at the present virtual time; they reach their nodes through the links."""
@@ -210,12 +152,6 @@ class SimulatedGrid(Grid):
         self.abandon(waiting)
         return replies
 
-    # --- what our own strategies ask beyond a Grid ---------------------------------
-
-    def profiles(self) -> dict[int, NodeProfile]:
-        """Profiles by node id, in order of partition id."""
-        return {node_id: self._profiles[node_id] for node_id in self.get_node_ids()}
-
     def roll_call(self) -> dict[int, NodeProfile]:
         """Ask every node who it is; takes no virtual time and is not booked."""
         self._profiles = call_roll(self.grid, self._patience_s, self._steps_per_second)
@@ -231,10 +167,12 @@ class SimulatedGrid(Grid):
         # What never reaches its node needs no budget, and there may be no contact to bound one.
         reached = math.isfinite(delivered)
         sent, budget = (
-            self._with_budget(message.content, node, delivered) if reached else (message.content, 0)
+            with_budget(message.content, node, delivered, self.links)
+            if reached
+            else (message.content, 0)
         )
         compute = budget / node.steps_per_second
-        flight = _Flight(
+        flight = Flight(
             message_id=f"lost-{self._serial}",
             node=node,
             message=message,
@@ -261,37 +199,6 @@ class SimulatedGrid(Grid):
         self._flights[flight.message_id] = flight
         self._queues.setdefault(node.node_id, []).append(flight)
         return flight.message_id
-
-    def _with_budget(
-        self, content: RecordDict, node: NodeProfile, delivered_s: float
-    ) -> tuple[RecordDict, int]:
-        for key, record in content.config_records.items():
-            steps = record.get("local-steps")
-            if not isinstance(steps, int) or isinstance(steps, bool):
-                continue
-            limit = record.get("max-local-steps")
-            most = int(limit) if isinstance(limit, int) else None
-            if steps < 0 or (most is not None and most < 0):
-                raise ValueError(
-                    f"'local-steps' is {steps} and 'max-local-steps' is {most} in the message, "
-                    "expected 0 or more"
-                )
-            if steps == 0:
-                contact = self.links.next_contact(node, "uplink", delivered_s)
-                fit = (contact - delivered_s) * node.steps_per_second
-                # No gap, or no contact to come: nothing but the limit ends the training.
-                open_ended = not math.isfinite(fit) or contact <= delivered_s
-                if open_ended and most is None:
-                    raise ValueError(
-                        f"node {node.partition_id}: 'local-steps' is 0 (until the next contact), "
-                        "there is none to wait for, and 'max-local-steps' is not set"
-                    )
-                steps = (most or 0) if open_ended else max(1, int(fit))
-            budget = steps if most is None else min(steps, most)
-            changed = RecordDict(dict(content.items()))
-            changed[key] = ConfigRecord({**record, "step-budget": budget})
-            return changed, budget
-        return content, 0
 
     def _carry(self, node: NodeProfile, direction: str, n_bytes: int, ready_s: float) -> float:
         """Send bytes over a node's link, one transfer after the other."""
@@ -322,7 +229,7 @@ class SimulatedGrid(Grid):
             if queue and given_up:
                 queue[0].arrival_s = math.inf
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: Flight) -> None:
         reply, node, compute, ahead = flight.reply, flight.node, flight.least_compute_s, 0
         if reply is not None and reply.has_content():
             flight.up_sizes = count_bytes(reply.content, self._kind_of)
@@ -370,19 +277,19 @@ class SimulatedGrid(Grid):
             time.sleep(self._poll_s)
         return []
 
-    def _count_lost(self, flights: list[_Flight]) -> None:
+    def _count_lost(self, flights: list[Flight]) -> None:
         """Book what was sent and will never be answered, once each."""
         for flight in flights:
             if flight.known and math.isinf(flight.arrival_s):
                 self._flights.pop(flight.message_id, None)
                 self.ledger.event("lost")
 
-    def _book(self, flight: _Flight) -> None:
+    def _book(self, flight: Flight) -> None:
         self.ledger.move(flight.node.partition_id, "uplink", flight.up_sizes, flight.up_wait_s)
         self.ledger.steps += flight.steps
         self.ledger.compute_s += flight.compute_s
 
-    def _hand_over(self, flight: _Flight) -> Message:
+    def _hand_over(self, flight: Flight) -> Message:
         del self._flights[flight.message_id]
         self._book(flight)
         reply = flight.reply

@@ -5,18 +5,42 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from logging import INFO
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from flwr.serverapp.exception import InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAvg, Result
 
-from flwr_moe.network import HorizonReached
+from flwr_moe.network import HorizonReached, check_reply
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.strategies.averaging import Arrays, to_arrays, to_record
 from flwr_moe.strategies.events import EventLoop
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+@dataclass
+class _Run:
+    """Where one run stands."""
+
+    loop: EventLoop
+    arrays: Arrays
+    nodes: list[int]
+    at_work: list[int]
+    total: int
+    train_config: ConfigRecord
+    evaluate_config: ConfigRecord
+    evaluate_fn: EvaluateFn | None
+    result: Result
+    received: int = 0
+    over: bool = False
+    # What every open training message carried, by message id.
+    training: dict[str, tuple[int, Arrays]] = field(default_factory=dict)
+    # The round of every open evaluation message, and what has been answered of a round.
+    evaluating: dict[str, int] = field(default_factory=dict)
+    evaluations: dict[int, list[Message]] = field(default_factory=dict)
 
 
 class AsyncStrategy(FedAvg):
@@ -27,15 +51,16 @@ class AsyncStrategy(FedAvg):
     Parameters
     ----------
     seed : int
-        Seed for sampling nodes where ``fraction_train`` is below 1.
+        Seed for sampling nodes where a fraction is below 1.
     evaluate_every : int
         Updates between calls of ``evaluate_fn``; 0 for once a round.
 
     Notes
     -----
     One round is as many updates as nodes train at a time, so ``num_rounds`` means as much work
-    as for FedAvg. Clients' own evaluation (``fraction_evaluate``) is off unless asked for; it is
-    sent out at the end of a round and does not hold up training. Keyword arguments only.
+    as for FedAvg; a reply that cannot be used counts as work done. Clients' own evaluation
+    (``fraction_evaluate``) is off unless asked for; it is sent out at the end of a round and does
+    not hold up training. Keyword arguments only.
     """
 
     def __init__(
@@ -64,7 +89,10 @@ class AsyncStrategy(FedAvg):
         )
         if not 0 < fraction_train <= 1:
             raise ValueError(f"fraction_train is {fraction_train}, expected above 0 and up to 1")
+        if evaluate_every < 0:
+            raise ValueError(f"evaluate_every is {evaluate_every}, expected 0 or more updates")
         self.evaluate_every = evaluate_every
+        self.seed = seed
         self.events: dict[str, int] = {}
         self.version = 0
         self._rng = random.Random(seed)
@@ -90,6 +118,12 @@ class AsyncStrategy(FedAvg):
             The new global model; None if nothing changes yet.
         """
 
+    def reset(self) -> None:
+        """Start anew: a second run of the same strategy gives what the first one gave."""
+        self.version = 0
+        self.events = {}
+        self._rng = random.Random(self.seed)
+
     def start(
         self,
         grid: Grid,
@@ -108,79 +142,119 @@ class AsyncStrategy(FedAvg):
         loop = EventLoop(grid, timeout)
         log(INFO, "Starting %s strategy:", type(self).__name__)
         self.summary()
-        result = Result(arrays=initial_arrays)
-        arrays: Arrays = to_arrays(initial_arrays)
-        self.version = 0
+        self.reset()
         nodes = list(loop.wait_for_nodes(self.min_available_nodes))
         at_work = self._sample(nodes, self.fraction_train, self.min_train_nodes)
-        total = num_rounds * len(at_work)
-        training: dict[str, tuple[int, Arrays]] = {}
-        evaluating: dict[str, int] = {}
-        evaluations: dict[int, list[Message]] = {}
-        train_config, evaluate_config = (
-            train_config or ConfigRecord(),
-            evaluate_config or ConfigRecord(),
+        run = _Run(
+            loop=loop,
+            arrays=to_arrays(initial_arrays),
+            nodes=nodes,
+            at_work=at_work,
+            total=num_rounds * len(at_work),
+            train_config=train_config or ConfigRecord(),
+            evaluate_config=evaluate_config or ConfigRecord(),
+            evaluate_fn=evaluate_fn,
+            result=Result(arrays=initial_arrays),
         )
-
-        def dispatch(node_ids: Iterable[int]) -> None:
-            config = ConfigRecord({**train_config, "server-round": self.version})
-            record = RecordDict(
-                {self.arrayrecord_key: to_record(arrays), self.configrecord_key: config}
-            )
-            messages = list(self._construct_messages(record, list(node_ids), MessageType.TRAIN))
-            training.update(dict.fromkeys(loop.send(messages), (self.version, arrays)))
-
-        def evaluate(server_round: int) -> None:
-            metrics = evaluate_fn(server_round, to_record(arrays)) if evaluate_fn else None
-            if metrics is not None:
-                result.evaluate_metrics_serverapp[server_round] = metrics
-
-        received = 0
-        evaluate(0)
-        every = self.evaluate_every or max(len(at_work), 1)
+        self._evaluate(run, 0)
         try:
-            dispatch(at_work)
-            while training or evaluating:
-                replies = loop.next_replies([*training, *evaluating])
+            if run.total:
+                self._dispatch(run, at_work)
+            while not run.over and (run.training or run.evaluating):
+                replies = loop.next_replies([*run.training, *run.evaluating])
                 if not replies:
                     break
                 for reply in replies:
-                    message_id = reply.metadata.reply_to_message_id
-                    content = loop.content_of(reply)
-                    if message_id in evaluating:
-                        server_round = evaluating.pop(message_id)
-                        evaluations.setdefault(server_round, []).append(reply)
-                        if server_round not in evaluating.values():
-                            metrics = self.aggregate_evaluate(
-                                server_round, evaluations.pop(server_round)
-                            )
-                            if metrics is not None:
-                                result.evaluate_metrics_clientapp[server_round] = metrics
-                        continue
-                    version, sent = training.pop(message_id)
-                    received += 1
-                    if content is not None:
-                        new = self.absorb(arrays, sent, content, self.version - version)
-                        if new is not None:
-                            arrays = new
-                            self.version += 1
-                    if received % every == 0:
-                        evaluate(received if self.evaluate_every else received // every)
-                    if received % len(at_work) == 0 and self.fraction_evaluate:
-                        server_round = received // len(at_work)
-                        asked = list(
-                            self.configure_evaluate(
-                                server_round, to_record(arrays), evaluate_config, grid
-                            )
-                        )
-                        evaluating.update(dict.fromkeys(loop.send(asked), server_round))
-                    if received + len(training) < total:
-                        dispatch([self._next_node(reply.metadata.src_node_id, nodes, at_work)])
+                    if reply.metadata.reply_to_message_id in run.evaluating:
+                        self._take_evaluation(run, reply)
+                    else:
+                        self._take_update(run, reply)
         except HorizonReached:
-            log(INFO, "%s: the simulated time is over", type(self).__name__)
+            run.over = True
+        if run.over:
+            log(INFO, "%s: the time is over", type(self).__name__)
         self.events = dict(loop.events)
-        result.arrays = to_record(arrays)
-        return result
+        run.result.arrays = to_record(run.arrays)
+        return run.result
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Write the messages that ask for clients' own evaluation, sampled by the seed."""
+        nodes = list(grid.get_node_ids())
+        chosen = self._sample(nodes, self.fraction_evaluate, self.min_evaluate_nodes)
+        order = ConfigRecord({**config, "server-round": server_round})
+        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: order})
+        return self._construct_messages(record, chosen, MessageType.EVALUATE)
+
+    # --- the steps of a run ----------------------------------------------------
+
+    def _dispatch(self, run: _Run, node_ids: Iterable[int]) -> None:
+        """Send nodes to work on the model as it is now."""
+        config = ConfigRecord({**run.train_config, "server-round": self.version})
+        record = RecordDict(
+            {self.arrayrecord_key: to_record(run.arrays), self.configrecord_key: config}
+        )
+        messages = self._construct_messages(record, list(node_ids), MessageType.TRAIN)
+        for message_id in self._send(run, list(messages)):
+            run.training[message_id] = (self.version, run.arrays)
+
+    def _send(self, run: _Run, messages: list[Message]) -> list[str]:
+        try:
+            return [message_id for message_id in run.loop.send(messages) if message_id]
+        except HorizonReached:
+            # Replies of this very instant may still be waiting to be taken in.
+            run.over = True
+            return []
+
+    def _take_update(self, run: _Run, reply: Message) -> None:
+        """Take in one trained model, and send the next node to work."""
+        message_id = reply.metadata.reply_to_message_id
+        node = run.loop.node_of(message_id)
+        version, sent = run.training.pop(message_id)
+        content = run.loop.content_of(reply, lambda update: unlike_model(update, sent))
+        run.received += 1
+        if content is not None:
+            new = self.absorb(run.arrays, sent, content, self.version - version)
+            if new is not None:
+                run.arrays = new
+                self.version += 1
+        in_a_round = len(run.at_work)
+        every = self.evaluate_every or in_a_round
+        if run.received % every == 0:
+            self._evaluate(run, run.received if self.evaluate_every else run.received // every)
+        if run.received % in_a_round == 0 and self.fraction_evaluate:
+            self._ask_for_evaluation(run, run.received // in_a_round)
+        if run.received + len(run.training) < run.total:
+            self._dispatch(run, [self._next_node(node, run.nodes, run.at_work)])
+
+    def _evaluate(self, run: _Run, server_round: int) -> None:
+        if run.evaluate_fn is not None:
+            metrics = run.evaluate_fn(server_round, to_record(run.arrays))
+            if metrics is not None:
+                run.result.evaluate_metrics_serverapp[server_round] = metrics
+
+    def _ask_for_evaluation(self, run: _Run, server_round: int) -> None:
+        arrays, config = to_record(run.arrays), run.evaluate_config
+        messages = self.configure_evaluate(server_round, arrays, config, run.loop.grid)
+        run.evaluating.update(dict.fromkeys(self._send(run, list(messages)), server_round))
+
+    def _take_evaluation(self, run: _Run, reply: Message) -> None:
+        """Keep one node's metrics; average them when its round is complete."""
+        server_round = run.evaluating.pop(reply.metadata.reply_to_message_id)
+        usable = run.evaluations.setdefault(server_round, [])
+        if run.loop.content_of(reply) is not None:
+            usable.append(reply)
+        if server_round in run.evaluating.values():
+            return
+        try:
+            metrics = self.aggregate_evaluate(server_round, run.evaluations.pop(server_round))
+        except (InconsistentMessageReplies, ZeroDivisionError) as error:
+            # Training does not depend on it.
+            log(WARNING, "round %d: evaluation left out: %s", server_round, error)
+            return
+        if metrics is not None:
+            run.result.evaluate_metrics_clientapp[server_round] = metrics
 
     def _sample(self, nodes: list[int], fraction: float, least: int) -> list[int]:
         size = min(max(int(len(nodes) * fraction), least), len(nodes))
@@ -195,3 +269,11 @@ class AsyncStrategy(FedAvg):
         node = self._rng.choice([n for n in nodes if n not in at_work])
         at_work.append(node)
         return node
+
+
+def unlike_model(update: RecordDict, model: Arrays) -> str | None:
+    """Say why a reply cannot stand for a model, under whatever key it comes; None if it can."""
+    records = list(update.array_records.values())
+    if len(records) != 1:
+        return f"the reply has {len(records)} ArrayRecords, expected one"
+    return check_reply(RecordDict({"arrays": to_record(model)}), RecordDict({"arrays": records[0]}))

@@ -20,7 +20,14 @@ def to_arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
 
 def to_record(arrays: Arrays) -> ArrayRecord:
     """Pack arrays into an ArrayRecord."""
-    return ArrayRecord({key: Array(np.ascontiguousarray(a)) for key, a in arrays.items()})
+    # Not ascontiguousarray: it turns the counter of a batch norm, shape (), into shape (1,).
+    return ArrayRecord({key: Array(np.asarray(a, order="C")) for key, a in arrays.items()})
+
+
+def cast_like(values: Any, like: NDArray[Any]) -> NDArray[Any]:
+    """Return values in the dtype of ``like``; what counts in whole numbers is rounded, not cut."""
+    whole = np.issubdtype(like.dtype, np.integer)
+    return np.asarray(np.rint(values) if whole else values, dtype=like.dtype)
 
 
 def weighted_mean(states: Sequence[Arrays], weights: Sequence[float]) -> dict[str, NDArray[Any]]:
@@ -53,14 +60,14 @@ def weighted_mean(states: Sequence[Arrays], weights: Sequence[float]) -> dict[st
         total_sum = np.zeros(first.shape)
         for state, weight in zip(states, weights, strict=True):
             total_sum += np.asarray(state[key], np.float64) * weight
-        mean[key] = (total_sum / total).astype(first.dtype)
+        mean[key] = cast_like(total_sum / total, first)
     return mean
 
 
 def mix(old: Arrays, new: Arrays, share: float) -> dict[str, NDArray[Any]]:
     """Return ``(1 - share) old + share new``, key by key; dtypes of ``old`` are kept."""
     return {
-        key: ((1 - share) * np.asarray(a, np.float64) + share * new[key]).astype(a.dtype)
+        key: cast_like((1 - share) * np.asarray(a, np.float64) + share * new[key], a)
         for key, a in old.items()
     }
 

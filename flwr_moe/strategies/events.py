@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from logging import WARNING
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from flwr_moe.network import SimulatedGrid, check_reply
+from flwr_moe.network import MeteredGrid, SimulatedGrid, check_reply
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.network.roll_call import call_roll
 
 POLL_S = 0.2
+
+Check = Callable[[RecordDict], str | None]
+"""Says why a reply cannot be used, or None."""
 
 
 class EventLoop:
@@ -33,7 +36,8 @@ class EventLoop:
     Attributes
     ----------
     events : Counter
-        ``"rejected"`` replies: errors, wrong keys or shapes, non-finite values.
+        ``"rejected"`` replies: errors, wrong keys or shapes, non-finite values. ``"late"`` and
+        ``"lost"`` messages where the Grid does not tell.
     """
 
     def __init__(self, grid: Grid, timeout: float = math.inf) -> None:
@@ -67,11 +71,25 @@ class EventLoop:
         known = self._profiles
         return {i: known[i] for i in sorted(ids, key=lambda i: known[i].partition_id)}
 
-    def send(self, messages: Collection[Message]) -> list[str]:
-        """Push messages; their ids in the same order."""
-        ids = list(self.grid.push_messages(messages))
-        self._sent.update(zip(ids, messages, strict=True))
+    def send(self, messages: Collection[Message]) -> list[str | None]:
+        """Push messages; their ids in the same order, None where the Grid does not take one."""
+        batch = list(messages)
+        if isinstance(self.grid, SimulatedGrid):
+            ids: list[str | None] = [*self.grid.push_messages(batch)]
+        else:
+            # One by one: a Grid may leave out a message it refuses, and does not say which.
+            ids = [next(iter(self.grid.push_messages([message])), None) for message in batch]
+        for message_id, message in zip(ids, batch, strict=True):
+            if message_id:
+                self._sent[message_id] = message
+            else:
+                self._count("lost")
+                log(WARNING, "no message to node %d: refused", message.metadata.dst_node_id)
         return ids
+
+    def node_of(self, message_id: str) -> int:
+        """Node that an open message went to; an error reply need not come from the node."""
+        return self._sent[message_id].metadata.dst_node_id
 
     def next_replies(self, message_ids: Collection[str]) -> list[Message]:
         """Wait for the next replies among ``message_ids``; empty if none will come any more."""
@@ -90,21 +108,40 @@ class EventLoop:
             self._sent.pop(message_id, None)
         if isinstance(self.grid, SimulatedGrid):
             self.grid.abandon(sorted(message_ids))
-        else:
-            self.events["late"] += len(message_ids)
+        elif message_ids:
+            self._count("late", len(message_ids))
 
-    def content_of(self, reply: Message) -> RecordDict | None:
-        """Return a reply's content if it can be used; count and log it if not."""
+    def content_of(self, reply: Message, check: Check | None = None) -> RecordDict | None:
+        """Return a reply's content if it can be used; count and log it if not.
+
+        Parameters
+        ----------
+        reply : Message
+            Answer to a message that was sent with this loop.
+        check : callable, optional
+            What else it takes to be usable.
+        """
         sent = self._sent.pop(reply.metadata.reply_to_message_id)
+        node_id = sent.metadata.dst_node_id
         if reply.has_error():
-            reason: str | None = reply.error.reason
-        else:
-            # A simulated Grid has looked already and made an error of what is unusable.
-            simulated = isinstance(self.grid, SimulatedGrid)
-            reason = None if simulated else check_reply(sent.content, reply.content)
+            # A simulated Grid has logged it already.
+            self.events["rejected"] += 1
+            if not isinstance(self.grid, SimulatedGrid):
+                log(WARNING, "node %d: %s", node_id, reply.error.reason)
+            return None
+        # A simulated Grid has looked already and made an error of what does not fit.
+        simulated = isinstance(self.grid, SimulatedGrid)
+        reason = None if simulated else check_reply(sent.content, reply.content)
+        if reason is None and check is not None:
+            reason = check(reply.content)
         if reason is None:
             return reply.content
-        self.events["rejected"] += 1
-        if not isinstance(self.grid, SimulatedGrid):
-            log(WARNING, "node %s: %s", reply.metadata.src_node_id, reason)
+        self._count("rejected")
+        log(WARNING, "node %d: rejected: %s", node_id, reason)
         return None
+
+    def _count(self, event: str, number: int = 1) -> None:
+        """Count what the Grid has not seen itself, in its ledger too where it keeps one."""
+        self.events[event] += number
+        if isinstance(self.grid, SimulatedGrid | MeteredGrid):
+            self.grid.ledger.event(event, number)

@@ -10,7 +10,7 @@ from flwr.app import RecordDict
 
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.strategies.asynchronous import AsyncStrategy
-from flwr_moe.strategies.averaging import Arrays, staleness_weight, to_arrays
+from flwr_moe.strategies.averaging import Arrays, cast_like, staleness_weight, to_arrays
 
 
 class FedBuff(AsyncStrategy):
@@ -61,6 +61,11 @@ class FedBuff(AsyncStrategy):
         log(INFO, "\t├──> Buffer of %d, staleness %s", self.buffer_size, self.staleness)
         super().summary()
 
+    def reset(self) -> None:
+        """Forget what an earlier run left in the buffer."""
+        super().reset()
+        self._buffer.clear()
+
     def absorb(self, arrays: Arrays, sent: Arrays, update: RecordDict, age: int) -> Arrays | None:
         """Keep the node's delta; step when the buffer is full."""
         new = to_arrays(next(iter(update.array_records.values())))
@@ -70,7 +75,7 @@ class FedBuff(AsyncStrategy):
             return None
         step = self.server_learning_rate / sum(weight for weight, _ in self._buffer)
         moved = {
-            key: (a + step * sum(w * delta[key] for w, delta in self._buffer)).astype(a.dtype)
+            key: cast_like(a + step * sum(w * delta[key] for w, delta in self._buffer), a)
             for key, a in arrays.items()
         }
         self._buffer.clear()
