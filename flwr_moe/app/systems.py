@@ -39,10 +39,10 @@ class Tuned:
 
 TUNED = {
     "ems-fl": Tuned(0.003, UNTIL_CONTACT),
-    "fedavg": Tuned(0.001, 100),
-    "fedavg-until-pass": Tuned(0.001, UNTIL_CONTACT),
-    "fedasync": Tuned(0.001, UNTIL_CONTACT),
-    "fedbuff": Tuned(0.001, UNTIL_CONTACT),
+    "fedavg": Tuned(0.0005, 100),
+    "fedavg-until-pass": Tuned(0.0003, UNTIL_CONTACT),
+    "fedasync": Tuned(0.0001, UNTIL_CONTACT),
+    "fedbuff": Tuned(0.0003, UNTIL_CONTACT),
 }
 
 

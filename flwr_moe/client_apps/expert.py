@@ -11,7 +11,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from flwr_moe.client_apps.training import TaskFn, TrainOrder, partition_of, train_reply
+from flwr_moe.client_apps.training import (
+    TaskFn,
+    TrainOrder,
+    partition_of,
+    train_by_order,
+    train_reply,
+)
 from flwr_moe.experts import (
     ExpertLayout,
     GateStatistics,
@@ -20,7 +26,7 @@ from flwr_moe.experts import (
     gate_inputs,
     sample_features,
 )
-from flwr_moe.tasks import Samples, Task, train_steps
+from flwr_moe.tasks import Samples, Task
 
 TRAIN_EXPERTS = "train.experts"
 GATE_STATISTICS = "query.gate_statistics"
@@ -28,6 +34,9 @@ ACTIVE_EXPERTS = 2
 """Experts a sample passes in a training step, for the cost of a gate report beside it."""
 
 SHARED_STATE = "flwr-moe.shared"
+
+TRAINED_SHARED = "trained-shared"
+"""Key of the shared layers in a reply; not that of the message, which brings other tensors."""
 
 
 def register_expert_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
@@ -91,15 +100,7 @@ def register_expert_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
             if name.startswith(homes) or (train_shared and name not in gates)
         ]
         data = task.train_data(partition_id)
-        loss = train_steps(
-            model,
-            data,
-            order.steps,
-            order.learning_rate,
-            order.batch_size,
-            order.generator,
-            trainable,
-        )
+        loss = train_by_order(model, data, order, trainable)
         state = model.state_dict()
         record = ArrayRecord(layout.from_submodel_state(state, experts))
         reply = train_reply(
@@ -109,7 +110,7 @@ def register_expert_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
             {"num-examples": len(data), "steps": order.steps, "train-loss": loss},
         )
         if train_shared:
-            reply.content["shared"] = ArrayRecord(
+            reply.content[TRAINED_SHARED] = ArrayRecord(
                 {k: v for k, v in layout.shared(state).items() if k not in gates}
             )
         return reply

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from torch import Tensor
 
-from flwr_moe.client_apps.expert import experts_in, remember_shared
+from flwr_moe.client_apps.expert import TRAINED_SHARED, experts_in, remember_shared
 from flwr_moe.experts import ExpertLayout
 
 ClientAppCallable = Callable[[Message, Context], Message]
@@ -67,7 +67,8 @@ def expert_mod(layout: ExpertLayout, arrayrecord_key: str = "arrays") -> Mod:
         kept = {k: v for k, v in sent.items() if k not in ("experts", "shared")}
         message.content = RecordDict({arrayrecord_key: ArrayRecord(full), **kept})
         reply = call_next(message, context)
-        if reply.has_error():
+        trained = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
+        if reply.has_error() or not trained:
             return reply
         if arrayrecord_key not in reply.content.array_records:
             raise ValueError(f"the reply has no ArrayRecord {arrayrecord_key!r}")
@@ -76,7 +77,7 @@ def expert_mod(layout: ExpertLayout, arrayrecord_key: str = "arrays") -> Mod:
         trimmed["experts"] = ArrayRecord(layout.take(state, experts))
         if config.get("train-shared", False):
             gates = {key for keys in layout.gate_rows for key in keys}
-            trimmed["shared"] = ArrayRecord(
+            trimmed[TRAINED_SHARED] = ArrayRecord(
                 {k: v for k, v in layout.shared(state).items() if k not in gates}
             )
         reply.content = RecordDict(trimmed)

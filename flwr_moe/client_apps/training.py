@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import nn
 
 from flwr_moe.tasks import Samples, Task, accuracy_and_loss, predict, train_steps
 
@@ -49,7 +50,7 @@ class TrainOrder:
         if "step-budget" in config:
             steps = _number(config, "step-budget", 0)
         parts = [_number(config, "seed", 0), _number(config, "server-round", 0), partition_id]
-        seed = torch.Generator().manual_seed(0).initial_seed()
+        seed = 0
         for part in parts:
             seed = (seed * 1_000_003 + int(part) + 1) % 2**31
         return cls(
@@ -89,6 +90,30 @@ def partition_of(context: Context) -> int:
     return value
 
 
+def train_by_order(
+    model: nn.Module,
+    data: Samples,
+    order: TrainOrder,
+    trainable: Iterable[nn.Parameter] | None = None,
+) -> float:
+    """Train a model in place as a message asks for; the mean loss.
+
+    Layers that draw random numbers of their own (dropout) draw them from the order's seed, so
+    that a training does not depend on what its process did before.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(order.seed)
+        return train_steps(
+            model,
+            data,
+            order.steps,
+            order.learning_rate,
+            order.batch_size,
+            order.generator,
+            trainable,
+        )
+
+
 def train_reply(
     message: Message, record_key: str, arrays: ArrayRecord, metrics: dict[str, float | int]
 ) -> Message:
@@ -121,9 +146,7 @@ def register_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
         model = task.build_model()
         model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
         data = task.train_data(partition_id)
-        loss = train_steps(
-            model, data, order.steps, order.learning_rate, order.batch_size, order.generator
-        )
+        loss = train_by_order(model, data, order)
         return train_reply(
             message,
             "arrays",

@@ -8,6 +8,8 @@ from flwr_moe.orbit.constellations import (
     walker_delta,
     walker_star,
 )
+from flwr_moe.orbit.element_age import ElementAgeWarning, check_element_age
+from flwr_moe.orbit.elements import load_elements, save_constellation
 from flwr_moe.orbit.link_budget import (
     DEFAULT_LINK,
     HANDHELD_S,
@@ -26,17 +28,21 @@ __all__ = [
     "HANDHELD_S",
     "PRESETS",
     "VSAT_KA",
+    "ElementAgeWarning",
     "LinkBudget",
     "LinkPreset",
     "PassTable",
     "Satellite",
     "Site",
     "Walker",
+    "check_element_age",
     "constellation",
     "find_passes",
     "free_space_loss_db",
+    "load_elements",
     "pass_geometry",
     "propagation_delay_s",
+    "save_constellation",
     "slant_range_km",
     "walker_delta",
     "walker_star",

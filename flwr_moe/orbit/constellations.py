@@ -11,7 +11,8 @@ from typing import Any
 from sgp4.api import WGS72, Satrec
 from skyfield.api import EarthSatellite
 
-from flwr_moe.orbit.geometry import require_aware, timescale
+from flwr_moe.orbit.satellite import SGP4_EPOCH_JD, make_satellite
+from flwr_moe.orbit.times import require_aware, timescale
 
 Satellite = EarthSatellite
 
@@ -19,8 +20,6 @@ Satellite = EarthSatellite
 EARTH_RADIUS_KM = 6378.135
 MU_KM3_S2 = 398_600.8
 J2 = 0.001082616
-# SGP4 counts its epoch in days from 1949 December 31 00:00 UT.
-SGP4_EPOCH_JD = 2_433_281.5
 MAX_SATELLITES = 99_999
 
 
@@ -139,9 +138,8 @@ class Walker:
                     mean_motion,
                     node,
                 )
-                satellite = EarthSatellite.from_satrec(model, timescale())
-                satellite.name = f"walker-p{plane + 1:0{plane_digits}d}-s{slot + 1:0{slot_digits}d}"
-                satellites.append(satellite)
+                name = f"walker-p{plane + 1:0{plane_digits}d}-s{slot + 1:0{slot_digits}d}"
+                satellites.append(make_satellite(model, len(satellites) + 1, name))
         return satellites
 
 

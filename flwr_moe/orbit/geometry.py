@@ -4,36 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sgp4.api import SatrecArray
-from skyfield.api import load, wgs84
+from skyfield.api import wgs84
 from skyfield.sgp4lib import theta_GMST1982
 
 from flwr_moe.orbit.table import Site
-
-DAY_S = 86_400.0
+from flwr_moe.orbit.times import DAY_S, elapsed_times
+from flwr_moe.orbit.times import timescale as timescale  # its first home, still imported from here
 
 FloatArray = NDArray[np.float64]
-
-
-@cache
-def timescale() -> Any:
-    """Return the one shared skyfield timescale, from the files inside the package."""
-    return load.timescale(builtin=True)
-
-
-def require_aware(moment: datetime, name: str) -> None:
-    """Raise ValueError unless `moment` is a datetime that carries a time zone."""
-    if not isinstance(moment, datetime):
-        raise ValueError(f"{name} = {moment!r}: expected a datetime with a time zone")
-    if moment.utcoffset() is None:
-        raise ValueError(
-            f"{name} = {moment.isoformat()}: expected a time zone, for example tzinfo=timezone.utc"
-        )
 
 
 def earth_angles(start: datetime, seconds: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -52,9 +35,7 @@ def earth_angles(start: datetime, seconds: FloatArray) -> tuple[FloatArray, Floa
         UTC Julian date split in whole and fraction, and the Greenwich mean sidereal angle in
         radians (IAU 1982, AIAA 2006-6753 appendix C), each of shape (T,).
     """
-    scale = timescale()
-    origin = scale.from_datetime(start)
-    time = scale.tt_jd(origin.whole, origin.tt_fraction + seconds / DAY_S)
+    time = elapsed_times(start, seconds)
     whole = np.broadcast_to(np.asarray(time.whole, dtype=np.float64), seconds.shape)
     theta, _ = theta_GMST1982(whole, time.ut1_fraction)
     return np.ascontiguousarray(whole), time.ut1_fraction - time.dut1 / DAY_S, theta

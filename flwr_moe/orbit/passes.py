@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,11 @@ from numpy.typing import NDArray
 from sgp4.api import SGP4_ERRORS
 from skyfield.api import EarthSatellite
 
-from flwr_moe.orbit.geometry import (
-    dot,
-    require_aware,
-    satellite_states,
-    sine_elevation,
-    site_vectors,
-)
-from flwr_moe.orbit.search import PEAK, RISE, SET, Block, Events, block_events
+from flwr_moe.orbit.element_age import check_element_age
+from flwr_moe.orbit.geometry import dot, satellite_states, sine_elevation, site_vectors
+from flwr_moe.orbit.search import CHUNK_TRIPLES, PEAK, RISE, SET, Block, Events, block_events
 from flwr_moe.orbit.table import PassTable, Site
+from flwr_moe.orbit.times import require_aware, utc_texts
 
 FloatArray = NDArray[np.float64]
 
@@ -29,6 +25,8 @@ MAX_STEP_S = 60.0
 STEPS_PER_ORBIT = 60
 # Satellite states held at a time: about 40 MB with everything made from them.
 BLOCK_STATES = 200_000
+# Elements say nothing about a year from now, and a slip of the keyboard should not take hours.
+MAX_HOURS = 366 * 24.0
 
 
 def find_passes(
@@ -56,7 +54,8 @@ def find_passes(
     start
         Aware datetime.
     hours
-        Length of the search, more than 0.
+        Length of the search, more than 0 and at most 8784 (366 days). Memory grows with it by the
+        passes found and one float64 a grid step, by nothing else.
     min_elevation_deg
         Mask, at least 0 and less than 90, above the geodetic horizon, without refraction.
     step_s
@@ -68,17 +67,26 @@ def find_passes(
         A pass under way at the start or end counts and is flagged; a satellite always visible has
         one pass. A satellite whose SGP4 fails ends there, with a warning.
 
+    Warns
+    -----
+    ElementAgeWarning
+        When measured elements are more than 7 days from a searched moment; see `check_element_age`.
+
     Raises
     ------
     ValueError
-        When an argument is out of range, or there is no satellite or no site.
+        When an argument is out of range, there is no satellite or no site, or measured elements are
+        years away from the search.
     """
     _check_satellites(satellites)
     if not sites:
         raise ValueError("sites is empty, expected at least one site")
     require_aware(start, "start")
-    if not (math.isfinite(hours) and hours > 0.0):
-        raise ValueError(f"hours = {hours:g}, expected more than 0")
+    if not 0.0 < hours <= MAX_HOURS:
+        raise ValueError(
+            f"hours = {hours:g}, expected more than 0 and at most {MAX_HOURS:g} "
+            f"({MAX_HOURS / 24:g} days)"
+        )
     if not 0.0 <= min_elevation_deg < 90.0:
         raise ValueError(f"min_elevation_deg = {min_elevation_deg:g}, expected 0 to less than 90")
     if step_s is None:
@@ -86,6 +94,7 @@ def find_passes(
         step_s = min(MAX_STEP_S, period_s / STEPS_PER_ORBIT)
     if not (math.isfinite(step_s) and step_s > 0.0):
         raise ValueError(f"step_s = {step_s:g}, expected more than 0")
+    check_element_age(satellites, start, hours)
 
     horizon_s = hours * 3600.0
     time_s = np.linspace(0.0, horizon_s, max(1, math.ceil(horizon_s / step_s)) + 1)
@@ -95,7 +104,9 @@ def find_passes(
     def search(block: Block) -> Events:
         return block_events(block, site_km, normal, min_elevation_deg)
 
-    events = Events.join(list(map(search, _blocks(satellites, names, start, time_s))))
+    # Few satellites over many sites: the pairs set the length of a block.
+    length = max(1, min(BLOCK_STATES // len(satellites), CHUNK_TRIPLES // len(sites)))
+    events = Events.join(list(map(search, _blocks(satellites, names, start, time_s, length))))
     return _table(events, start, horizon_s, names, tuple(sites), min_elevation_deg)
 
 
@@ -165,12 +176,18 @@ def _degrees(sine: FloatArray) -> FloatArray:
 
 
 def _blocks(
-    satellites: Sequence[Any], names: tuple[str, ...], start: datetime, time_s: FloatArray
+    satellites: Sequence[Any],
+    names: tuple[str, ...],
+    start: datetime,
+    time_s: FloatArray,
+    length: int,
 ) -> Iterator[Block]:
-    """Cut the grid into blocks that share their border points, and follow SGP4's failures."""
+    """Cut the grid into blocks of `length` steps that share their border points.
+
+    Follows SGP4's failures: a satellite is gone from its first one on.
+    """
     alive = np.ones(len(satellites), dtype=bool)
     final = len(time_s) - 1
-    length = max(1, BLOCK_STATES // len(satellites))
     for first in range(0, final, length):
         end = min(first + length, final)
         seconds = time_s[first : end + 1]
@@ -181,11 +198,10 @@ def _blocks(
         for s in np.flatnonzero(alive & ~valid[:, -1]).tolist():
             stop = int(np.argmin(valid[s]))
             last[s] = stop - 1
-            moment = start + timedelta(seconds=float(seconds[stop]))
+            (moment,) = utc_texts(start, seconds[stop : stop + 1])
             reason = SGP4_ERRORS.get(int(errors[s, stop]), "no finite position")
             warnings.warn(
-                f"satellite {names[s]!r}: SGP4 fails at {moment.isoformat(timespec='seconds')} "
-                f"({reason}); its passes end there",
+                f"satellite {names[s]!r}: SGP4 fails at {moment} ({reason}); its passes end there",
                 stacklevel=3,
             )
         alive &= valid[:, -1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flwr_moe.orbit.geometry import sine_elevation, sine_elevation_rate
+from flwr_moe.orbit.geometry import dot, sine_elevation, sine_elevation_rate
 from flwr_moe.orbit.interpolate import (
     bracketed_roots,
     hermite_coefficients,
@@ -24,10 +24,14 @@ RISE, PEAK, SET = 0, 1, 2
 
 # Satellite-site-time triples looked at in one go: 16 MB of float32.
 CHUNK_TRIPLES = 4_000_000
+# Of these, the ones near a pass that are worked on at a time: about 150 MB when all are.
+CHUNK_NODES = 400_000
 # The geodetic vertical differs from the direction of the Earth's centre by up to 0.193°.
 DEFLECTION_RAD = math.radians(0.2)
 # Rounding of the float32 prefilter at the smallest angles.
 PREFILTER_SLACK_RAD = 2e-3
+# The angle's derivative with the radius is held here: 30 km above a site at the horizon.
+LEAST_SINE = 0.1
 # Fraction of a step: with 60 s steps 0.6 microseconds.
 ROOT_TOLERANCE = 1e-8
 
@@ -145,12 +149,12 @@ def block_events(
         nodes[..., 1:] |= near[..., :-1]
         nodes[..., :-1] |= near[..., 1:]
         nodes &= block.valid[rows, None]
-        flat = np.flatnonzero(nodes)
-        if len(flat):
+        flat = first * num_sites * num_times + np.flatnonzero(nodes)
+        for cut in range(0, len(flat), CHUNK_NODES):
+            # One node more than its own: the right end of the last interval.
+            piece = flat[cut : cut + CHUNK_NODES + 1]
             parts.append(
-                _node_events(
-                    block, first * num_sites * num_times + flat, site_km, normal, min_elevation_deg
-                )
+                _node_events(block, piece, CHUNK_NODES, site_km, normal, min_elevation_deg)
             )
     return Events.join(parts)
 
@@ -160,14 +164,20 @@ def _prefilter_cosine(
 ) -> FloatArray:
     """Cosine of the largest angle, seen from the Earth's centre, at which a pass may be near.
 
-    The angle of a satellite at the mask, plus what it may move in half a step: a satellite closer
-    than that at some moment between two grid points is inside the angle at one of them.
+    The angle of a satellite at the mask, plus what may change in half a step: a satellite closer
+    than that at some moment between two grid points is inside the angle at one of them. Along the
+    ground the satellite moves by its horizontal speed over its radius; by climbing it widens the
+    angle itself, whose derivative with the radius is `c / (r sqrt(1 - c²))`, c the cosine of angle
+    plus elevation.
     """
     elevation = math.radians(min_elevation_deg) - DEFLECTION_RAD
     lowest = float(np.sqrt((site_km**2).sum(axis=0)).min())
-    at_mask = np.arccos(np.clip(lowest * math.cos(elevation) / radius, -1.0, 1.0)) - elevation
-    speed = np.sqrt((block.velocity_km_s**2).sum(axis=0))
-    moved = 0.55 * block.step_s * speed / radius + PREFILTER_SLACK_RAD
+    cosine_sum = np.clip(lowest * math.cos(elevation) / radius, 0.0, 1.0)
+    at_mask = np.arccos(cosine_sum) - elevation
+    climb = np.abs(dot(block.position_km, block.velocity_km_s)) / radius
+    ahead = np.sqrt(np.maximum(dot(block.velocity_km_s, block.velocity_km_s) - climb**2, 0.0))
+    widening = climb * cosine_sum / np.sqrt(np.maximum(1.0 - cosine_sum**2, LEAST_SINE**2))
+    moved = 0.55 * block.step_s * (ahead + widening) / radius + PREFILTER_SLACK_RAD
     cosine: FloatArray = np.cos(np.clip(at_mask + moved, 0.0, math.pi))
     return cosine
 
@@ -175,11 +185,15 @@ def _prefilter_cosine(
 def _node_events(
     block: Block,
     flat: IntArray,
+    own: int,
     site_km: FloatArray,
     normal: FloatArray,
     min_elevation_deg: float,
 ) -> Events:
-    """Events between neighbouring grid points; `flat` indexes (satellite, site, time)."""
+    """Events between neighbouring grid points; `flat` indexes (satellite, site, time).
+
+    Nodes from `own` on only close the interval before them.
+    """
     num_times, num_sites = len(block.time_s), site_km.shape[1]
     pair, index = np.divmod(flat, num_times)
     satellite, site = np.divmod(pair, num_sites)
@@ -191,7 +205,7 @@ def _node_events(
     rate = sine_elevation_rate(offset, velocity, up)
 
     parts = []
-    visible = height >= 0.0
+    visible = (height >= 0.0) & (np.arange(len(flat)) < own)
     if block.opening:
         n = np.flatnonzero(visible & (index == 0))
         parts.append(Events.of(pair[n], block.time_s[index[n]], height[n], RISE, is_open=True))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
+
+from flwr_moe.orbit.times import utc_texts
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -141,22 +142,19 @@ class PassTable:
 
     def to_records(self) -> list[dict[str, str | float | bool]]:
         """Return one JSON-ready record a pass; times are ISO 8601 UTC with milliseconds."""
+        rise = utc_texts(self.start, self.rise_s)
+        culmination = utc_texts(self.start, self.culmination_s)
+        end = utc_texts(self.start, self.set_s)
         return [
             {
                 "satellite": self.satellite_names[self.satellite[i]],
                 "site": self.sites[self.site[i]].name,
-                "rise": _iso(self.start, self.rise_s[i]),
-                "culmination": _iso(self.start, self.culmination_s[i]),
-                "set": _iso(self.start, self.set_s[i]),
+                "rise": rise[i],
+                "culmination": culmination[i],
+                "set": end[i],
                 "max-elevation-deg": round(float(self.max_elevation_deg[i]), 3),
                 "open-start": bool(self.open_start[i]),
                 "open-end": bool(self.open_end[i]),
             }
             for i in range(len(self))
         ]
-
-
-def _iso(start: datetime, seconds: float) -> str:
-    # isoformat cuts digits off; half a millisecond more makes that rounding.
-    moment = start.astimezone(UTC) + timedelta(milliseconds=math.floor(seconds * 1e3 + 0.5))
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

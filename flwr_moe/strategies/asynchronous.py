@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.exception import InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAvg, Result
 
-from flwr_moe.network import HorizonReached, check_reply
+from flwr_moe.network import HorizonReached
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.strategies.averaging import Arrays, to_arrays, to_record
 from flwr_moe.strategies.events import EventLoop
@@ -276,4 +276,9 @@ def unlike_model(update: RecordDict, model: Arrays) -> str | None:
     records = list(update.array_records.values())
     if len(records) != 1:
         return f"the reply has {len(records)} ArrayRecords, expected one"
-    return check_reply(RecordDict({"arrays": to_record(model)}), RecordDict({"arrays": records[0]}))
+    came = {key: tuple(array.shape) for key, array in records[0].items()}
+    expected = {key: array.shape for key, array in model.items()}
+    for key in sorted(came.keys() | expected.keys()):
+        if came.get(key) != expected.get(key):
+            return f"array '{key}' has shape {came.get(key)}, expected {expected.get(key)}"
+    return None

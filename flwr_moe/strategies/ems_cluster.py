@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.network import NodeProfile
 from flwr_moe.strategies.averaging import to_arrays, weighted_mean
-from flwr_moe.strategies.ems_plan import ClusterReport, Experts
+from flwr_moe.strategies.ems_plan import ClusterReport, Experts, own_experts
+
+MOST_FAILURES = 3
+"""Rounds in a row without a usable reply after which a cluster is no longer sent to."""
 
 
 @dataclass(eq=False)
@@ -72,7 +75,7 @@ class Cluster:
         Raises
         ------
         ValueError
-            If a reply does not have the arrays a gate report needs.
+            If the devices' reports do not fit each other.
         """
         reports = [
             ClusterReport.of(to_arrays(content.array_records["gate"]), layout)
@@ -86,15 +89,18 @@ class Cluster:
         return weighted_mean(states, self._metric(weighted_by_key))
 
     def metrics(self, weighted_by_key: str) -> MetricRecord:
-        """Return the round's mean training loss, weighted by examples, and the cluster's number."""
-        weights = self._metric(weighted_by_key)
-        loss = float(np.average(self._metric("train-loss"), weights=weights))
-        return MetricRecord({"cluster": self.site, "train-loss": loss})
+        """Return the cluster's number and, where all replies tell it, the mean training loss."""
+        metrics = MetricRecord({"cluster": self.site})
+        losses = self._metric("train-loss")
+        if not any(math.isnan(loss) for loss in losses):
+            weights = self._metric(weighted_by_key)
+            metrics["train-loss"] = float(np.average(losses, weights=weights))
+        return metrics
 
     def _metric(self, key: str) -> list[float]:
         values = []
         for _, content in self.replies:
-            value = next(iter(content.metric_records.values()))[key]
+            value = next(iter(content.metric_records.values())).get(key)
             values.append(float(value) if isinstance(value, int | float) else math.nan)
         return values
 
@@ -104,3 +110,56 @@ def gather_clusters(profiles: Iterable[NodeProfile]) -> list[Cluster]:
     devices = [profile for profile in profiles if profile.role == "device"]
     sites = sorted({device.site for device in devices})
     return [Cluster(site, [d for d in devices if d.site == site]) for site in sites]
+
+
+def share_out(
+    clusters: Sequence[Cluster],
+    layout: ExpertLayout,
+    lower: int,
+    upper: int,
+    method: str,
+    seed: int,
+    *,
+    hard_bound: bool,
+    wait_for_all: bool,
+) -> list[Cluster]:
+    """Give experts to the clusters that have reported and own none.
+
+    Parameters
+    ----------
+    clusters : sequence of Cluster
+        All of them, those that are left out too.
+    layout : ExpertLayout
+        Tells the experts of each layer.
+    lower, upper, method, seed : int, int, str, int
+        As in :func:`~flwr_moe.strategies.ems_plan.own_experts`.
+    hard_bound : bool
+        Nobody takes more than ``upper``, even where a cluster is left out: what it should have
+        taken stays as it is. Otherwise the others take it.
+    wait_for_all : bool
+        Nobody gets any before all have reported, but for those left out.
+
+    Returns
+    -------
+    list of Cluster
+        Those that have experts now and had none.
+    """
+    alive = [c for c in clusters if c.experts or c.failures < MOST_FAILURES]
+    if wait_for_all and any(c.report is None for c in alive):
+        return []
+    taking_part = clusters if hard_bound else alive
+    plan = own_experts(
+        [c.report.affinity if c.report else None for c in taking_part],
+        [c.experts for c in taking_part],
+        layout,
+        lower,
+        upper,
+        method,
+        seed,
+    )
+    new = []
+    for cluster, experts in zip(taking_part, plan, strict=True):
+        if cluster.report is not None and not cluster.experts:
+            cluster.experts = experts
+            new.append(cluster)
+    return new

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from logging import INFO, WARNING
-from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from numpy.typing import NDArray
 
-from flwr_moe.client_apps.expert import GATE_STATISTICS, TRAIN_EXPERTS
 from flwr_moe.experts import ExpertLayout, RandomFeatures, Router
-from flwr_moe.network import HorizonReached, NodeProfile
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.strategies.averaging import mix, staleness_weight, to_arrays, to_record
+from flwr_moe.strategies.averaging import staleness_weight, to_arrays, to_record
 from flwr_moe.strategies.ems_cluster import Cluster, gather_clusters
-from flwr_moe.strategies.ems_plan import (
-    Experts,
-    check_bounds,
-    fit_gate_rows,
-    fit_router,
-    own_experts,
-)
+from flwr_moe.strategies.ems_run import EMSRun, EvaluateFn, Schedule
 from flwr_moe.strategies.events import EventLoop
-
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-MOST_FAILURES = 3
-"""Rounds in a row without a usable reply after which a cluster is no longer sent to."""
 
 GATES = ("plain", "linear", "random-features")
 
@@ -51,7 +37,8 @@ class EMSFL(Strategy):
     assignment : str
         ``"exact"``, ``"greedy"`` or ``"random"``.
     min_experts, max_experts : int
-        Experts per cluster and layer; ``max_experts=0`` is an even share, rounded up.
+        Experts per cluster and layer; ``max_experts=0`` is an even share, rounded up, and what
+        clusters that are left out should have taken goes to the others.
     train_shared : bool
         Train the shared layers too and mix them as FedAsync does; they are frozen by default.
     alpha, staleness : float, str
@@ -67,9 +54,9 @@ class EMSFL(Strategy):
         How long a cluster's round waits for its other devices after the first reply.
     report_patience_s : float
         When the gate is fitted at the latest, without the clusters not heard of by then.
-    min_available_nodes, weighted_by_key, arrayrecord_key, configrecord_key
+    min_available_nodes, weighted_by_key, configrecord_key
         As in Flower's FedAvg; experts travel under the key ``"experts"``, shared tensors under
-        ``"shared"``, and ``arrayrecord_key`` is not sent.
+        ``"shared"`` (trained ones come back under ``"trained-shared"``).
     seed : int
         For random features and random assignment.
 
@@ -114,6 +101,9 @@ class EMSFL(Strategy):
             raise ValueError(f"num_inputs is {num_inputs}, expected the size of an input")
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha is {alpha}, expected above 0 and up to 1")
+        if min_experts < 1:
+            raise ValueError(f"min_experts is {min_experts}, expected at least 1")
+        staleness_weight(staleness)  # raises if there is no such function
         self.layout = layout
         self.gate = gate
         self.assignment = assignment
@@ -121,6 +111,7 @@ class EMSFL(Strategy):
         self.max_experts = max_experts
         self.train_shared = train_shared
         self.alpha = alpha
+        self.staleness = staleness
         self.ridge = ridge
         self.wait_for_all = wait_for_all
         self.straggler_s = straggler_s
@@ -134,15 +125,30 @@ class EMSFL(Strategy):
             if gate == "random-features"
             else None
         )
-        self.clusters: list[Cluster] = []
-        self.router: Router | None = None
         self.events: dict[str, int] = {}
-        self.version = 0
-        self._staleness = staleness_weight(staleness)
-        self._upper = 0
-        self._fitted_on: list[Cluster] = []
-        self._state: dict[str, NDArray[Any]] = {}
-        self._told: dict[int, dict[str, NDArray[Any]]] = {}
+        self._run: EMSRun | None = None
+
+    @property
+    def clusters(self) -> list[Cluster]:
+        """Who owns what, and when it uploaded; empty before :meth:`start`."""
+        return self._run.clusters if self._run else []
+
+    @property
+    def version(self) -> int:
+        """Uploads put in place in the present or last run."""
+        return self._run.version if self._run else 0
+
+    @property
+    def router(self) -> Router | None:
+        """The fitted router; None before, and with the plain or linear gate."""
+        return self._run.fitter.router if self._run else None
+
+    @property
+    def routed_clusters(self) -> list[Cluster]:
+        """Clusters the fitted gate knows, in its order; empty before it is fitted."""
+        if self._run is None or self.gate != "plain":
+            return self._run.fitter.fitted_on if self._run else []
+        return [cluster for cluster in self.clusters if cluster.experts]
 
     # --- Strategy's hooks ------------------------------------------------------
 
@@ -155,14 +161,19 @@ class EMSFL(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Messages that send every cluster that owns experts to work on them."""
-        self._state = to_arrays(arrays)
-        return [
-            self._order(node, cluster.experts, TRAIN_EXPERTS, config)
-            for cluster in self.clusters
-            if cluster.experts
-            for node in cluster.nodes
-        ]
+        """Messages that send every cluster that owns experts to work on them.
+
+        For whoever runs the rounds himself after a :meth:`start`, which asks who owns what.
+        """
+        if self._run is None:
+            return []
+        self._run.state, version = to_arrays(arrays), self._run.version
+        messages = []
+        for cluster in self.clusters:
+            if cluster.experts:
+                cluster.begin((), version)
+                messages += self._run.orders.for_cluster(cluster, self._run.state, version, config)
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -172,13 +183,20 @@ class EMSFL(Strategy):
         metrics = None
         for reply in replies:
             cluster = homes.get(reply.metadata.src_node_id)
-            if cluster is not None and reply.has_content():
+            if self._run is None or cluster is None or reply.has_error():
+                continue
+            reason = self._run.orders.check_for(cluster)(reply.content)
+            if reason is None:
                 cluster.take(reply, reply.content, 0.0)
+            else:
+                log(WARNING, "node %d: rejected: %s", reply.metadata.src_node_id, reason)
         for cluster in self.clusters:
-            if cluster.replies:
+            if self._run is not None and cluster.replies:
                 metrics = cluster.metrics(self.weighted_by_key)
-                self._put_in_place(cluster)
-        return (None, None) if metrics is None else (to_record(self._state), metrics)
+                self._run.put_in_place(cluster)
+        if self._run is None or metrics is None:
+            return None, None
+        return to_record(self._run.state), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -219,182 +237,11 @@ class EMSFL(Strategy):
         loop = EventLoop(grid, timeout)
         log(INFO, "Starting %s strategy:", type(self).__name__)
         self.summary()
-        self._state, self._told, self.version, self.router = to_arrays(initial_arrays), {}, 0, None
-        self._fitted_on = []
-        result = Result(arrays=initial_arrays)
-        config = ConfigRecord() if train_config is None else train_config
         profiles = loop.wait_for_nodes(self.min_available_nodes)
-        self.clusters = gather_clusters(profiles.values())
-        self._upper = check_bounds(
-            self.layout, len(self.clusters), self.min_experts, self.max_experts
-        )
-
-        def evaluate() -> None:
-            metrics = evaluate_fn(self.version, to_record(self._state)) if evaluate_fn else None
-            if metrics is not None:
-                result.evaluate_metrics_serverapp[self.version] = metrics
-
-        evaluate()
-        try:
-            for cluster in self.clusters:
-                self._send(loop, cluster, config)
-            while any(cluster.pending for cluster in self.clusters):
-                for cluster in self._ready(loop):
-                    changed = self._digest(loop, cluster, result)
-                    if self._fit_gate(loop.now) or changed:
-                        evaluate()
-                for cluster in self.clusters:
-                    if self._may_go_on(cluster, num_rounds):
-                        self._send(loop, cluster, config)
-        except HorizonReached:
-            log(INFO, "%s: the simulated time is over", type(self).__name__)
+        clusters = gather_clusters(profiles.values())
+        run = self._run = EMSRun(self, to_arrays(initial_arrays), clusters)
+        result = Result(arrays=initial_arrays)
+        run.go(Schedule(loop, num_rounds, train_config or ConfigRecord(), evaluate_fn, result))
         self.events = dict(loop.events)
-        result.arrays = to_record(self._state)
+        result.arrays = to_record(run.state)
         return result
-
-    def _ready(self, loop: EventLoop) -> list[Cluster]:
-        """Wait for replies; the clusters whose round is complete, or has waited long enough."""
-        active = [cluster for cluster in self.clusters if cluster.pending]
-        waiting = {i: cluster for cluster in active for i in cluster.pending}
-        replies = loop.next_replies(sorted(waiting))
-        for reply in replies:
-            cluster = waiting[reply.metadata.reply_to_message_id]
-            cluster.pending.discard(reply.metadata.reply_to_message_id)
-            content = loop.content_of(reply)
-            if content is None:
-                # Whatever went wrong, next time this node gets everything anew.
-                self._told.pop(reply.metadata.src_node_id, None)
-            else:
-                cluster.take(reply, content, loop.now)
-        for cluster in active:
-            if loop.now - cluster.first_reply_s > self.straggler_s or not replies:
-                loop.give_up(cluster.pending)
-                cluster.pending = set()
-        return [cluster for cluster in active if not cluster.pending]
-
-    def _digest(self, loop: EventLoop, cluster: Cluster, result: Result) -> bool:
-        """Make use of a finished round; true if the model has changed."""
-        cluster.failures = 0 if cluster.replies else cluster.failures + 1
-        if not cluster.replies:
-            if cluster.failures == MOST_FAILURES:
-                log(WARNING, "cluster %d failed too often and is left out", cluster.site)
-            return False
-        if cluster.report is None:
-            try:
-                cluster.read_report(self.layout)
-            except (KeyError, ValueError) as err:
-                loop.events["rejected"] += 1
-                cluster.failures += 1
-                log(WARNING, "gate report of cluster %d: %s", cluster.site, err)
-            cluster.replies = []
-            self._assign()
-            return False
-        result.train_metrics_clientapp[self.version + 1] = cluster.metrics(self.weighted_by_key)
-        self._put_in_place(cluster)
-        cluster.uploads_s.append(loop.now)
-        return True
-
-    def _may_go_on(self, cluster: Cluster, num_rounds: int) -> bool:
-        """Whether an idle cluster has something to do."""
-        if cluster.pending or cluster.failures >= MOST_FAILURES:
-            return False
-        waits_for_others = cluster.report is not None and not cluster.experts
-        return not waits_for_others and len(cluster.uploads_s) < num_rounds
-
-    def _assign(self) -> None:
-        """Give experts to the clusters that have reported and own none."""
-        taking_part = [c for c in self.clusters if c.failures < MOST_FAILURES]
-        if self.wait_for_all and any(c.report is None for c in taking_part):
-            return
-        plan = own_experts(
-            [c.report.affinity if c.report else None for c in taking_part],
-            [c.experts for c in taking_part],
-            self.layout,
-            self.min_experts,
-            # Without the clusters left out, the others have to take more.
-            max(self._upper, -(-max(self.layout.layers) // len(taking_part))),
-            self.assignment,
-            self.seed,
-        )
-        for cluster, experts in zip(taking_part, plan, strict=True):
-            if cluster.report is not None and not cluster.experts:
-                cluster.experts = experts
-                log(INFO, "cluster %d owns experts %s", cluster.site, experts)
-
-    def _fit_gate(self, now_s: float) -> bool:
-        """Fit the gate once all clusters are known, or have had long enough; true if it was."""
-        known = [c for c in self.clusters if c.experts]
-        silent = [c for c in self.clusters if not c.experts and c.failures < MOST_FAILURES]
-        if self.gate == "plain" or not known or known == self._fitted_on:
-            return False
-        if silent and now_s < self.report_patience_s:
-            return False
-        reports = [c.report for c in known if c.report is not None]
-        if self.gate == "linear":
-            weight_EF, bias_E = fit_gate_rows(
-                reports, [c.experts for c in known], self.ridge, self.seed
-            )
-            for key in self.layout.gate_rows[0]:
-                rows = bias_E if key.endswith("bias") else weight_EF
-                self._state[key] = rows.astype(self._state[key].dtype)
-        elif self.features is not None:
-            discriminants = fit_router(reports, self.ridge)
-            if discriminants is not None:
-                self.router = Router(self.features, discriminants)
-        self._fitted_on = known
-        return True
-
-    @property
-    def routed_clusters(self) -> list[Cluster]:
-        """Clusters the fitted gate knows, in its order; empty before it is fitted."""
-        return [c for c in self.clusters if c.experts] if self.gate == "plain" else self._fitted_on
-
-    def _send(self, loop: EventLoop, cluster: Cluster, config: ConfigRecord) -> None:
-        """Send a cluster its next order: first the question about its data, then training."""
-        if cluster.report is None:
-            # One expert, so that a deep model's later gates see something like their input.
-            experts: Experts = {i: [0] for i in range(self.layout.num_layers)}
-            kind = GATE_STATISTICS
-        else:
-            experts, kind = cluster.experts, TRAIN_EXPERTS
-        orders = [self._order(node, experts, kind, config) for node in cluster.nodes]
-        cluster.begin(loop.send(orders), self.version)
-
-    def _order(
-        self, node: NodeProfile, experts: Experts, message_type: str, config: ConfigRecord
-    ) -> Message:
-        """Write a message with a node's experts, and what it lacks of the shared part."""
-        shared = self.layout.shared(self._state)
-        told = self._told.setdefault(node.node_id, {})
-        fresh = {key: value for key, value in shared.items() if told.get(key) is not value}
-        told.update(fresh)
-        order: dict[str, Any] = {**config, "server-round": self.version, "gate": self.gate}
-        order |= {f"experts.{i}": ids for i, ids in experts.items()}
-        order["train-shared"] = self.train_shared
-        if message_type == GATE_STATISTICS:
-            # Nothing is trained yet: the network must not reserve time for it.
-            order.pop("local-steps", None)
-            if self.features is not None:
-                order["feature-seed"] = self.features.seed
-                order["num-features"] = self.features.num_features
-                order["gamma"] = self.features.gamma
-        content = RecordDict(
-            {
-                "experts": to_record(self.layout.take(self._state, experts)),
-                self.configrecord_key: ConfigRecord(order),
-            }
-        )
-        if fresh:
-            content["shared"] = to_record(fresh)
-        return Message(content, node.node_id, message_type)
-
-    def _put_in_place(self, cluster: Cluster) -> None:
-        """Average a cluster's experts over its devices and put them into the model."""
-        experts = cluster.average("experts", self.weighted_by_key)
-        self._state = self.layout.put(self._state, experts)
-        if self.train_shared:
-            shared = cluster.average("shared", self.weighted_by_key)
-            share = self.alpha * self._staleness(self.version - cluster.version)
-            self._state.update(mix({key: self._state[key] for key in shared}, shared, share))
-        self.version += 1
-        cluster.replies = []

@@ -24,6 +24,9 @@ from flwr_moe.experts import (
 
 Experts = dict[int, list[int]]
 
+NOBODYS_BIAS = -30_000.0
+"""Gate bias of an expert without an owner: no probability, and finite in half precision too."""
+
 
 @dataclass(frozen=True)
 class ClusterReport:
@@ -72,8 +75,13 @@ def check_bounds(layout: ExpertLayout, clusters: int, lower: int, upper: int) ->
     Raises
     ------
     ValueError
-        If some layer's experts cannot be shared out within the bounds.
+        If there are no clusters, a cluster may be left without experts, or some layer's experts
+        cannot be shared out within the bounds.
     """
+    if clusters < 1:
+        raise ValueError("no node has the role 'device': there is nobody to own experts")
+    if lower < 1:
+        raise ValueError(f"min_experts is {lower}, expected at least 1 expert per cluster")
     upper = upper or max(-(-experts // clusters) for experts in layout.layers)
     for i, experts in enumerate(layout.layers):
         if not clusters * lower <= experts <= clusters * upper:
@@ -109,7 +117,8 @@ def own_experts(
     layout : ExpertLayout
         Tells the experts of each layer.
     lower, upper : int
-        Least and most experts per cluster and layer.
+        Least and most experts per cluster and layer; more than ``upper`` only where somebody who
+        should have taken some is not among the K clusters any more.
     method, seed : str, int
         As in :func:`~flwr_moe.experts.assign_experts`.
 
@@ -134,7 +143,8 @@ def own_experts(
             known = affinities[k]
             if known is not None:
                 affinity_KE[row] = known.mean[i, left]
-        owner = assign_experts(affinity_KE, lower, min(upper, len(left)), method, seed + i)  # type: ignore[arg-type]
+        most = min(max(upper, -(-len(left) // len(free))), len(left))
+        owner = assign_experts(affinity_KE, lower, most, method, seed + i)  # type: ignore[arg-type]
         for row, k in enumerate(free):
             new[k][i] = [int(e) for e in left[owner == row]]
     return new
@@ -161,23 +171,25 @@ def fit_router(reports: Sequence[ClusterReport], ridge: float) -> Discriminants 
 def fit_gate_rows(
     reports: Sequence[ClusterReport],
     owned: Sequence[Experts],
+    num_experts: int,
     ridge: float,
     seed: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Rows of the first layer's gate: one linear discriminant per expert.
 
     Each cluster's groups are shared out among its experts, ``w_e = S^-1 mu_e`` and
-    ``b_e = -mu_e^T S^-1 mu_e / 2`` (DESIGN, gate fitting; ours).
+    ``b_e = -mu_e^T S^-1 mu_e / 2`` (DESIGN, gate fitting; ours). An expert that nobody owns yet
+    gets no probability: its row is zero and its bias ``NOBODYS_BIAS``.
 
     Returns
     -------
     weight_EF, bias_E : ndarray
-        In the order of the experts' numbers.
+        For all ``num_experts`` experts of the layer.
 
     Raises
     ------
     ValueError
-        If a cluster sent no statistics.
+        If a cluster sent no statistics, or they do not tell its experts apart.
     """
     parts, numbers = [], []
     for report, experts in zip(reports, owned, strict=True):
@@ -186,8 +198,8 @@ def fit_gate_rows(
         parts += split_among_experts(report.statistics, len(experts[0]), seed)
         numbers += experts[0]
     fitted = fit_discriminants(parts, ridge, priors=False)
-    weight_EF = np.zeros((len(numbers), fitted.weight_FC.shape[0]), np.float32)
-    bias_E = np.zeros(len(numbers), np.float32)
+    weight_EF = np.zeros((num_experts, fitted.weight_FC.shape[0]), np.float32)
+    bias_E = np.full(num_experts, NOBODYS_BIAS, np.float32)
     weight_EF[numbers] = fitted.weight_FC.T
     bias_E[numbers] = fitted.bias_C
     return weight_EF, bias_E

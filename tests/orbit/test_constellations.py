@@ -7,7 +7,8 @@ from sgp4.api import jday
 from skyfield.api import EarthSatellite
 
 from flwr_moe.orbit import PRESETS, Walker, constellation, walker_delta, walker_star
-from flwr_moe.orbit.geometry import satellite_states, timescale
+from flwr_moe.orbit.geometry import satellite_states
+from flwr_moe.orbit.times import timescale
 
 # Of the mean distance over an orbit, short-period terms beyond J2's first order.
 ALTITUDE_TOLERANCE_KM = 0.1

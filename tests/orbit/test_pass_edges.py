@@ -11,8 +11,8 @@ from skyfield.api import EarthSatellite, wgs84
 from flwr_moe.orbit import PassTable, Site, constellation, find_passes, pass_geometry
 from flwr_moe.orbit import passes as passes_module
 from flwr_moe.orbit import search as search_module
-from flwr_moe.orbit.geometry import timescale
 from flwr_moe.orbit.interpolate import bracketed_roots, hermite_coefficients, hermite_value
+from flwr_moe.orbit.times import timescale
 
 MUNICH = Site("Munich", 48.1, 11.6)
 SAME_S = 1e-2  # the grids of two searches differ, and so do their interpolants
@@ -159,6 +159,9 @@ def test_block_and_chunk_sizes_change_nothing(table, satellites, epoch, monkeypa
     monkeypatch.setattr(passes_module, "BLOCK_STATES", 42)
     monkeypatch.setattr(search_module, "CHUNK_TRIPLES", 16)
     assert_same(find_passes(satellites, [MUNICH], epoch, 24, 10.0), table)
+    monkeypatch.undo()
+    monkeypatch.setattr(search_module, "CHUNK_NODES", 3)
+    assert_same(find_passes(satellites, [MUNICH], epoch, 24, 10.0), table)
 
 
 def test_time_zone_of_start_does_not_matter(table, satellites, epoch):
@@ -237,6 +240,8 @@ def test_bad_sites(text, complaint):
         ({"start": datetime(2026, 3, 1)}, "start = 2026-03-01T00:00:00: expected a time zone"),
         ({"hours": 0.0}, "hours = 0, expected more than 0"),
         ({"hours": math.inf}, "hours = inf"),
+        ({"hours": math.nan}, "hours = nan"),
+        ({"hours": 1e9}, r"hours = 1e\+09, expected more than 0 and at most 8784 \(366 days\)"),
         ({"min_elevation_deg": 90.0}, "min_elevation_deg = 90"),
         ({"min_elevation_deg": -0.1}, "min_elevation_deg = -0.1"),
         ({"min_elevation_deg": math.nan}, "min_elevation_deg = nan"),

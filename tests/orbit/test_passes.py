@@ -10,7 +10,8 @@ from skyfield.api import wgs84
 from skyfield.framelib import itrs
 
 from flwr_moe.orbit import Site, constellation, find_passes, pass_geometry
-from flwr_moe.orbit.geometry import satellite_states, timescale
+from flwr_moe.orbit.geometry import satellite_states
+from flwr_moe.orbit.times import timescale
 
 FIND_EVENTS_TOLERANCE_S = 0.5  # skyfield's own search stops at half a second
 BRENTQ_TOLERANCE_S = 5e-3
