@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from flwr_moe import cli_passes
+
 if TYPE_CHECKING:
     from flwr_moe.app.config import Settings
-    from flwr_moe.orbit import PassTable
 
 _DEMO_SYSTEMS = ("ems-fl", "fedavg", "fedasync")
-_TABLE_ROWS = 40
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,26 +102,7 @@ def _parser() -> _Parser:
     compare.add_argument("--data", metavar="DIR", help="folder with the data set as parquet")
     compare.add_argument("--out", metavar="DIR", help="default: runs/compare")
 
-    passes = add("passes", _passes, "when satellites pass over sites")
-    source = passes.add_mutually_exclusive_group(required=True)
-    source.add_argument("--constellation", metavar="NAME", help="a preset or a Walker pattern")
-    source.add_argument("--elements", metavar="FILE", help="orbital elements (not in this version)")
-    passes.add_argument(
-        "--site",
-        metavar="LAT,LON[,ALT]",
-        dest="sites",
-        action="extend",
-        nargs="+",
-        required=True,
-        help="degrees and metres; may be given several times",
-    )
-    passes.add_argument("--start", metavar="ISO8601", required=True, help="UTC if without offset")
-    passes.add_argument("--hours", metavar="H", type=float, required=True, help="length of search")
-    passes.add_argument(
-        "--min-elevation", metavar="DEG", type=float, default=10.0, help="default: %(default)s"
-    )
-    passes.add_argument("--json", metavar="FILE", help="write all passes as JSON")
-    passes.add_argument("--plot", metavar="FILE", help="draw a timeline as PNG")
+    cli_passes.add_arguments(add("passes", cli_passes.run, "when satellites pass over sites"))
 
     report = add("report", _report, "rebuild table and plots from a results folder")
     report.add_argument("folder", metavar="DIR", help="results folder of demo, compare or flwr run")
@@ -177,60 +158,6 @@ def _run(systems: list[str], settings: Settings, num_seeds: int, out: str) -> in
 
     seeds = list(range(settings.seed, settings.seed + num_seeds))
     return run_compare(systems, settings, seeds, Path(out))
-
-
-def _passes(options: argparse.Namespace) -> int:
-    import json
-
-    from flwr_moe.app.config import parse_utc
-
-    if options.elements is not None:
-        raise ValueError("--elements is not in this version yet; use --constellation")
-    start = parse_utc(options.start, "--start")
-    from flwr_moe.orbit import Site, constellation, find_passes
-
-    sites = [Site.parse(text) for text in options.sites]
-    satellites = constellation(options.constellation, start)
-    table = find_passes(satellites, sites, start, options.hours, options.min_elevation)
-    if options.json:
-        text = json.dumps(table.to_records(), indent=2) + "\n"
-        Path(options.json).write_text(text, encoding="utf-8")
-    if options.plot:
-        from flwr_moe.report.plots import save_figure, site_passes_figure
-
-        columns = (table.site.tolist(), table.rise_s.tolist(), table.set_s.tolist())
-        windows = list(zip(*columns, strict=True))
-        save_figure(site_passes_figure(options.sites, windows, options.hours), Path(options.plot))
-    _print_passes(table)
-    return 0
-
-
-def _print_passes(table: PassTable) -> None:
-    from rich.table import Table
-
-    from flwr_moe.report.table import table_console
-
-    shown = Table(title=f"{len(table)} passes", title_justify="left")
-    for heading in ("site", "satellite", "rise (UTC)", "set (UTC)"):
-        shown.add_column(heading, no_wrap=True)
-    for heading in ("minutes", "highest"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    minutes = (table.set_s - table.rise_s) / 60.0
-    for record, length in zip(table.to_records()[:_TABLE_ROWS], minutes, strict=False):
-        # An open pass was already up at the start, or still is at the end.
-        rise = f"{'<' if record['open-start'] else ' '}{str(record['rise'])[:19]}"
-        fall = f"{'>' if record['open-end'] else ' '}{str(record['set'])[:19]}"
-        shown.add_row(
-            str(record["site"]),
-            str(record["satellite"]),
-            rise,
-            fall,
-            f"{length:.1f}",
-            f"{record['max-elevation-deg']:.1f}°",
-        )
-    table_console().print(shown)
-    if len(table) > _TABLE_ROWS:
-        print(f"… and {len(table) - _TABLE_ROWS} more; --json FILE writes them all")
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -101,7 +101,7 @@ def test_memory_does_not_grow_with_the_horizon(epoch, monkeypatch):
     ten_days, table = peak_bytes(satellites, sites, epoch, 240, 80.0)
     assert len(table) > 10
     assert day > MEGABYTE / 2
-    assert ten_days < 1.2 * day
+    assert ten_days < 1.5 * day
 
 
 def test_memory_is_bounded_when_everything_is_in_view(epoch):
@@ -111,7 +111,7 @@ def test_memory_is_bounded_when_everything_is_in_view(epoch):
     sites = [Site("", 0.5 * i - 25.0, longitude.degrees) for i in range(100)]
     peak, table = peak_bytes(satellites, sites, epoch, 24, 0.0)
     assert len(table) > 500
-    assert peak < 250 * MEGABYTE
+    assert peak < 150 * MEGABYTE
 
 
 def test_random_orbits_against_sampling():
