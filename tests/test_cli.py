@@ -92,8 +92,6 @@ def test_exit_code_of_the_run_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> N
         (["compare", "ems-fl", "--links", "wireless"], "links 'wireless' is not available"),
         (["compare", "ems-fl", "--data", "/no/such"], "data='/no/such': no such folder"),
         (["report", "/no/such"], "summary.json' is missing"),
-        (["passes", "--elements", "f", "--site", "0,0", "--start", "2026-01-01", "--hours", "1"],
-         "--elements is not in this version yet"),
         ([*PASSES, "--hours", "1"], "--site"),
         ([*PASSES, "--hours", "1", "--site"], "--site"),
         ([*PASSES, "--hours", "1", "--site", "91,0"], "site '91,0': latitude"),
@@ -101,10 +99,13 @@ def test_exit_code_of_the_run_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> N
         ([*PASSES, "--hours", "1", "--site", "here"], "site 'here'"),
         ([*PASSES, "--hours", "0", "--site", "0,0"], "hours"),
         ([*PASSES, "--hours", "nan", "--site", "0,0"], "hours"),
-        ([*PASSES, "--hours", "1e15", "--site", "0,0"], ""),
+        ([*PASSES, "--hours", "1e15", "--site", "0,0"], "hours = 1e+15, expected more than 0"),
+        ([*PASSES, "--hours", "8785", "--site", "0,0"], "at most 8784 (366 days)"),
         ([*PASSES, "--hours", "1", "--site", "0,0", "--min-elevation", "90"], "elevation"),
         ([*PASSES, "--hours", "1", "--site", "0,0", "--min-elevation=-1"], "elevation"),
         ([*PASSES, "--hours", "1", "--site", "0,0", "--start", "soon"], "--start='soon'"),
+        ([*PASSES, "--hours", "1", "--site", "0,0", "--start", "2026-01-01T00:00:00"],
+         "--start='2026-01-01T00:00:00': expected a time zone"),
         ([*PASSES, "--hours", "1", "--site", "0,0", "--constellation", "detla-4"], "detla-4"),
         ([*PASSES, "--hours", "1", "--site", "0,0", "--json", "/no/such/f"], "/no/such/f"),
         ([*PASSES, "--elements", "f", "--hours", "1", "--site", "0,0"], "not allowed with"),
@@ -175,6 +176,72 @@ def test_passes_mask_and_plot(tmp_path: Path) -> None:
         assert plot.read_bytes().startswith(b"\x89PNG")
         counts.append(len(json.loads(target.read_text())))
     assert counts[0] > counts[1]
+
+
+ISS = [
+    "ISS (ZARYA)",
+    "1 25544U 98067A   08264.51782528 -.00002182  00000-0 -11606-4 0  2927",
+    "2 25544  51.6416 247.4627 0006703 130.5360 325.0288 15.72125391563537",
+]
+
+
+def elements_arguments(path: Path, start: str = "2008-09-20T12:00:00Z") -> list[str]:
+    search = ["--site", "48.1,11.6", "--start", start, "--hours", "24"]
+    return ["passes", "--elements", str(path), *search]
+
+
+def test_passes_from_elements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, target, plot = (tmp_path / name for name in ("iss.tle", "out.json", "out.png"))
+    path.write_text("\n".join(ISS))
+    arguments = [*elements_arguments(path), "--json", str(target), "--plot", str(plot)]
+    assert main(arguments) == 0
+    records = json.loads(target.read_text())
+    # 51.6° of inclination over Munich: some six passes a day, in one run of revolutions.
+    assert 4 <= len(records) <= 8
+    assert {record["satellite"] for record in records} == {"ISS (ZARYA)"}
+    assert list(records[0]) == KEYS
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr()
+    assert "ISS (ZARYA)" in printed.out
+    assert printed.err == ""
+
+
+def test_old_elements_warn_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "iss.tle"
+    path.write_text("\n".join(ISS))
+    assert main(elements_arguments(path, "2008-10-20T14:00:00+02:00")) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("flwr-moe: warning: VERY OLD ELEMENTS: ")
+    assert "31.0 days" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "message"),
+    [
+        ("", "2008-09-20T12:00:00Z", "the file is empty"),
+        ("\n".join(ISS[:2]), "2008-09-20T12:00:00Z", "line 2: the text ends before the second"),
+        ("\n".join(ISS)[:-1], "2008-09-20T12:00:00Z", "line 3: 68 characters, expected 69"),
+        ("\n".join(ISS)[:-1] + "8", "2008-09-20T12:00:00Z", "line 3: the checksum is 8"),
+        ('[{"OBJECT_NAME": "X"}]', "2008-09-20T12:00:00Z", "record 1 ('X'): NORAD_CAT_ID is miss"),
+        ('[{"OBJECT_NAME": "X"', "2008-09-20T12:00:00Z", "line 1: broken JSON"),
+        ("<ndm><omm>", "2008-09-20T12:00:00Z", "line 1: broken XML"),
+        ("EPOCH,BSTAR\n1", "2008-09-20T12:00:00Z", "line 2: 1 fields, expected 2"),
+        ("\n".join(ISS), "2026-01-01T00:00:00Z", "epoch 2008-09-20T12:25:40Z is 17.3 years"),
+        ("\n".join(ISS), "2008-09-20T12:00:00", "expected a time zone"),
+    ],
+)
+def test_bad_elements_are_one_line_and_exit_code_2(
+    text: str, start: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "elements"
+    path.write_text(text)
+    assert main(elements_arguments(path, start)) == 2
+    assert message in error_line(capsys)
+
+
+def test_absent_elements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(elements_arguments(tmp_path / "absent.tle")) == 2
+    assert "absent.tle" in error_line(capsys)
 
 
 def test_long_pass_tables_are_cut(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ class Settings:
         choices=("plain", "linear", "random-features"),
     )
     ems_fl_num_features: int = _key(
-        512, "random features of the gate", "ems-fl.num-features", minimum=1
+        1024, "random features of the gate", "ems-fl.num-features", minimum=1
     )
     ems_fl_assignment: str = _key(
         "exact",

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
-from torch import Tensor
 
 from flwr_moe.app.tracker import Judge, Verdict
 from flwr_moe.experts import (
@@ -25,23 +24,22 @@ from flwr_moe.strategies.ems_plan import Experts, assigned_affinity, own_experts
 from flwr_moe.tasks import Samples, Task, accuracy_and_loss, predict
 
 
-def _over_clusters(answers: list[Tensor], tests: list[Samples]) -> tuple[float, float]:
-    """Accuracy and loss over the samples of all clusters together."""
-    return accuracy_and_loss(torch.cat(answers), torch.cat([test.y for test in tests]))
-
-
 def judge_model(task: Task) -> Judge:
-    """Judge the full model with its own gate."""
-    tests, model = task.test_data(), task.build_model()
+    """Judge the full model with its own gate, over the samples of all clusters together."""
+    tests, model = _together(task.test_data()), task.build_model()
 
     def judge(arrays: ArrayRecord) -> Verdict:
         def verdict() -> tuple[float, float]:
             model.load_state_dict(arrays.to_torch_state_dict())
-            return _over_clusters([predict(model, test.x) for test in tests], tests)
+            return accuracy_and_loss(predict(model, tests.x), tests.y)
 
         return verdict
 
     return judge
+
+
+def _together(tests: list[Samples]) -> Samples:
+    return Samples(torch.cat([test.x for test in tests]), torch.cat([test.y for test in tests]))
 
 
 class EMSJudge:
@@ -63,9 +61,12 @@ class EMSJudge:
         self.task = task
         self.strategy = strategy
         self.inference = inference
-        self.tests = task.test_data()
+        parts = task.test_data()
+        self.tests = _together(parts)
+        self.site_of_sample = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         self.model = task.build_model()
         self.layout = ExpertLayout.of(self.model)
+        self._routed: tuple[Router, NDArray[np.float64]] | None = None
 
     def __call__(self, arrays: ArrayRecord) -> Verdict:
         """Judge with the owners and the gate as they are now."""
@@ -80,21 +81,19 @@ class EMSJudge:
         by_gate = self.inference == "gate" and router is None
         if not owned or by_gate:
             # Before the gate is fitted, the model answers as it started.
-            answers = [predict(self.model, test.x) for test in self.tests]
-            return _over_clusters(answers, self.tests)
+            return accuracy_and_loss(predict(self.model, self.tests.x), self.tests.y)
         combine = mixed_log_probs if self.inference == "mixture" else most_probable_log_probs
-        answers = []
-        for test in self.tests:
-            logits = cluster_logits(self.model, self.layout, state, owned, test.x, predict)
-            answers.append(combine(logits, self.posterior(test.x, owned, router)))
-        return _over_clusters(answers, self.tests)
+        logits = cluster_logits(self.model, self.layout, state, owned, self.tests.x, predict)
+        return accuracy_and_loss(combine(logits, self.posterior(owned, router)), self.tests.y)
 
-    def posterior(
-        self, x: Tensor, owned: list[Experts], router: Router | None
-    ) -> NDArray[np.float64]:
-        """Probability of each cluster, shape (B, K): the router's, else the gate's mass."""
+    def posterior(self, owned: list[Experts], router: Router | None) -> NDArray[np.float64]:
+        """Probability of each cluster for the test samples, (B, K): the router's or the gate's."""
+        x = self.tests.x
         if router is not None:
-            return router.posterior(x)
+            # The router is fitted once and for all, or nearly so; its verdict is kept.
+            if self._routed is None or self._routed[0] is not router:
+                self._routed = (router, router.posterior(x))
+            return self._routed[1]
         inputs = gate_inputs(self.model, self.layout, x)[0]
         gate = self.model.get_submodule(self.layout.moe_layers[0].gate)
         with torch.no_grad():
@@ -114,11 +113,12 @@ class EMSJudge:
         if not clusters:
             return {"captured-mass": 0.0, "gate-accuracy": 0.0}
         owned, router = [c.experts for c in clusters], self.strategy.router
+        posterior_BK = self.posterior(owned, router)
         masses, hits = [], []
         for k, cluster in enumerate(clusters):
-            posterior_BK = self.posterior(self.tests[cluster.site].x, owned, router)
-            masses.append(posterior_BK[:, k].mean())
-            hits.append((posterior_BK.argmax(1) == k).mean())
+            mine_BK = posterior_BK[self.site_of_sample == cluster.site]
+            masses.append(mine_BK[:, k].mean())
+            hits.append((mine_BK.argmax(1) == k).mean())
         affinities = [c.report.affinity for c in clusters if c.report is not None]
         best = own_experts(
             affinities, [{} for _ in clusters], self.layout, 1, max(map(_most, owned))

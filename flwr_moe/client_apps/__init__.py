@@ -2,6 +2,15 @@
 
 from flwr_moe.client_apps.app import build_client_app
 from flwr_moe.client_apps.expert import register_expert_training
+from flwr_moe.client_apps.expert_mod import expert_mod
+from flwr_moe.client_apps.gate_report import answer_gate_statistics
 from flwr_moe.client_apps.training import TrainOrder, register_training
 
-__all__ = ["TrainOrder", "build_client_app", "register_expert_training", "register_training"]
+__all__ = [
+    "TrainOrder",
+    "answer_gate_statistics",
+    "build_client_app",
+    "expert_mod",
+    "register_expert_training",
+    "register_training",
+]

@@ -26,8 +26,9 @@ def expert_mod(layout: ExpertLayout, arrayrecord_key: str = "arrays") -> Mod:
     gate sends nothing there. Of what the function returns, only the device's own experts travel
     (and the shared layers, gates aside, where the server trains them).
 
-    A full model has to fit the device for this; :func:`register_expert_training` builds the
-    submodel instead.
+    EMS-FL's training messages are of the type ``train.experts``: register the function with
+    ``@app.train("experts")``. A full model has to fit the device for this;
+    :func:`register_expert_training` builds the submodel instead.
 
     Parameters
     ----------
@@ -40,7 +41,7 @@ def expert_mod(layout: ExpertLayout, arrayrecord_key: str = "arrays") -> Mod:
     Returns
     -------
     Mod
-        For ``ClientApp(mods=[...])``; messages without experts pass unchanged.
+        For ``ClientApp(mods=[...])``; what is no training message with experts passes unchanged.
 
     Raises
     ------
@@ -56,7 +57,8 @@ def expert_mod(layout: ExpertLayout, arrayrecord_key: str = "arrays") -> Mod:
             raise ValueError(f"the gate of layer {i} has no bias, expected one to close it with")
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        if "experts" not in message.content.array_records:
+        train = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
+        if not train or "experts" not in message.content.array_records:
             return call_next(message, context)
         config = next(iter(message.content.config_records.values()))
         experts = experts_in(config)
@@ -67,8 +69,7 @@ def expert_mod(layout: ExpertLayout, arrayrecord_key: str = "arrays") -> Mod:
         kept = {k: v for k, v in sent.items() if k not in ("experts", "shared")}
         message.content = RecordDict({arrayrecord_key: ArrayRecord(full), **kept})
         reply = call_next(message, context)
-        trained = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
-        if reply.has_error() or not trained:
+        if reply.has_error():
             return reply
         if arrayrecord_key not in reply.content.array_records:
             raise ValueError(f"the reply has no ArrayRecord {arrayrecord_key!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -10,6 +11,8 @@ from flwr.clientapp import ClientApp
 ROLL_CALL_ACTION = "roll_call"
 ROLL_CALL_TYPE = f"query.{ROLL_CALL_ACTION}"
 NODE_RECORD = "node"
+
+Fact = str | int | float
 NODE_FACTS = ("partition-id", "role", "site", "num-examples", "steps-per-second")
 
 
@@ -103,7 +106,7 @@ def _number(record: ConfigRecord, key: str, default: float) -> float:
     return float(value)
 
 
-def answer_roll_call(app: ClientApp, **facts: str | int | float) -> ClientApp:
+def answer_roll_call(app: ClientApp, **facts: Fact | Callable[[Context], Fact]) -> ClientApp:
     """Make a ClientApp answer the roll call.
 
     Values come from ``facts``, then from the node's ``--node-config``, which wins:
@@ -113,8 +116,9 @@ def answer_roll_call(app: ClientApp, **facts: str | int | float) -> ClientApp:
     ----------
     app : ClientApp
         The app to extend; one that has a ``query.roll_call`` function already is an error.
-    **facts : str, int or float
-        Defaults with underscores for hyphens, for example ``steps_per_second=0.05``.
+    **facts : str, int, float or callable
+        Defaults with underscores for hyphens, for example ``steps_per_second=0.05``; a callable
+        gives the value for a node's context.
 
     Returns
     -------
@@ -137,14 +141,13 @@ def answer_roll_call(app: ClientApp, **facts: str | int | float) -> ClientApp:
 
     @app.query(ROLL_CALL_ACTION)
     def roll_call(message: Message, context: Context) -> Message:
-        return roll_call_reply(message, context, known)
+        facts = {k: v(context) if callable(v) else v for k, v in known.items()}
+        return roll_call_reply(message, context, facts)
 
     return app
 
 
-def roll_call_reply(
-    message: Message, context: Context, facts: dict[str, str | int | float]
-) -> Message:
+def roll_call_reply(message: Message, context: Context, facts: dict[str, Fact]) -> Message:
     """Build the roll-call reply of one node from ``facts`` and its node config."""
     told = {**facts, **context.node_config}
     record = ConfigRecord({key: value for key, value in told.items() if key in NODE_FACTS})

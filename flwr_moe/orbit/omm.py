@@ -137,7 +137,7 @@ def _satellite(record: Record) -> Any:
     model.classification = str(record.get("CLASSIFICATION_TYPE") or "U").strip()[:1] or "U"
     model.elnum = _integer(record, "ELEMENT_SET_NO", 0, _MAX_NUMBER, default=0)
     model.revnum = _integer(record, "REV_AT_EPOCH", 0, _MAX_NUMBER, default=0)
-    return make_satellite(model, number, str(record.get("OBJECT_NAME") or "").strip())
+    return make_satellite(model, number, " ".join(str(record.get("OBJECT_NAME") or "").split()))
 
 
 def _object_id(designator: str) -> str:

@@ -88,7 +88,7 @@ def _draw_map(
         _draw_circle(axes, table, g, own, colours[g])
         axes.plot(
             site.longitude_deg, site.latitude_deg, "o", color=colours[g], markersize=6,
-            markeredgecolor="white", markeredgewidth=1.2, zorder=5,
+            markeredgecolor="white", markeredgewidth=1.2, zorder=5, clip_on=False,
         )  # fmt: skip
         if len(table.sites) <= _MAX_LABELS:
             _label(axes, site.name, site.longitude_deg, site.latitude_deg, colours[g])
@@ -161,7 +161,7 @@ def _draw_timeline(axes: Axes, table: PassTable, colours: Sequence[str]) -> None
     faces = np.array(colours, dtype=object)[table.site].tolist()
     # A hair of an edge: no pass is too short to see.
     bars = PolyCollection(corners.transpose(2, 0, 1).tolist(), facecolors=faces)
-    bars.set(edgecolors=faces, linewidths=0.4)
+    bars.set(edgecolors=faces, linewidths=0.4, alpha=0.8)
     axes.add_collection(bars)
     for row in range(len(colours)):
         axes.axhline(row + 0.4, color="#D5DCE2", linewidth=0.8, zorder=0)

@@ -10,16 +10,14 @@ from flwr.clientapp import ClientApp
 
 from flwr_moe.client_apps import expert as expert_module
 from flwr_moe.client_apps import register_expert_training
-from flwr_moe.client_apps.expert import (
-    GATE_STATISTICS,
+from flwr_moe.client_apps.expert import GATE_STATISTICS, TRAIN_EXPERTS, TRAINED_SHARED
+from flwr_moe.client_apps.expert_mod import expert_mod
+from flwr_moe.client_apps.gate_report import (
     SHARED_STATE,
-    TRAIN_EXPERTS,
-    TRAINED_SHARED,
     experts_in,
     own_model,
     statistics_cost,
 )
-from flwr_moe.client_apps.expert_mod import expert_mod
 from flwr_moe.experts import ExpertLayout, GateStatistics, gate_affinity
 from flwr_moe.strategies.ems_plan import ClusterReport
 from tests.local_grid import LocalGrid
@@ -77,14 +75,15 @@ def test_a_device_holds_its_own_experts_only():
     scene = Scene(experts=10)
     message = Message(scene.content([7, 2]), 1, TRAIN_EXPERTS)
     shared = scene.layout.shared(scene.state)
-    model, layout = own_model(scene.task, message, shared, {0: [7, 2]})
+    with torch.device("meta"):
+        full = scene.task.build_model()
+    model = own_model(full, scene.layout, message, shared, {0: [7, 2]})
     # Stem 2x4+4, gate 2 rows of 4+1, experts 2 of (4x5+5+5x4+4), head 4x2+2.
     assert size(model) == 12 + 2 * 5 + 2 * 49 + 10
     assert size(scene.model) == 12 + 10 * 5 + 10 * 49 + 10
     own = model.state_dict()
     assert torch.equal(own["moe.experts.w1"], scene.state["moe.experts.w1"][[7, 2]])
     assert torch.equal(own["moe.gate.weight"], scene.state["moe.gate.weight"][[7, 2]])
-    assert layout.layers == (10,)
 
 
 def test_training_changes_and_returns_own_experts():
@@ -247,7 +246,8 @@ def users_app(layout, seen):
 
     @app.query("gate_statistics")
     def gate_statistics(message: Message, context: Context) -> Message:
-        seen.append(message.content["arrays"].to_torch_state_dict())
+        # A question about the data comes as it was sent, for answer_gate_statistics to read.
+        seen.append(message.content["experts"].to_torch_state_dict())
         told = ArrayRecord({"affinity": Array(np.ones((1, 4))), "decisions": Array(np.ones(1))})
         return Message(RecordDict({"gate": told}), reply_to=message)
 

@@ -1,0 +1,1 @@
+"""A small Flower project that plugs EMS-FL in."""
