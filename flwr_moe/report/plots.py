@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -56,11 +57,16 @@ def accuracy_figure(results: Results) -> Figure | None:
         if not runs:
             continue
         times, accuracies = _mean_history(runs)
-        axes.step(times / _HOUR, accuracies, where="post", color=colour, linewidth=2, label=system)
+        # The last model stands until the horizon.
+        end = max(results.horizon_s, times[-1])
+        hours = np.append(times, end) / _HOUR
+        values = np.append(accuracies, accuracies[-1])
+        axes.step(hours, values, where="post", color=colour, linewidth=2, label=system)
         for run in runs if len(runs) > 1 else []:
-            hours = [row.time_s / _HOUR for row in run.history]
-            values = [row.accuracy for row in run.history]
-            axes.step(hours, values, where="post", color=colour, linewidth=0.8, alpha=0.4)
+            rows = [*run.history, replace(run.history[-1], time_s=end)]
+            x = [row.time_s / _HOUR for row in rows]
+            y = [row.accuracy for row in rows]
+            axes.step(x, y, where="post", color=colour, linewidth=0.8, alpha=0.4)
     _hour_axis(axes, results.horizon_s / _HOUR, "Virtual time (h)")
     axes.set_ylabel("Accuracy on held-out data")
     axes.set_title(f"{results.task} over {results.links} links{_seeds_text(results)}", loc="left")
@@ -138,32 +144,6 @@ def passes_figure(results: Results) -> Figure | None:
     axes.set_title(f"Passes and uploads, seed {results.runs[0].seed}", loc="left")
     axes.grid(axis="x", alpha=0.25)
     axes.legend(handles=legend, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
-
-
-def site_passes_figure(
-    sites: Sequence[str], windows: Sequence[tuple[int, float, float]], hours: float
-) -> Figure:
-    """Draw a timeline of passes, a row a site.
-
-    Parameters
-    ----------
-    sites
-        Names.
-    windows
-        Site index, rise and set; seconds since the start.
-    hours
-        Length of the time axis.
-    """
-    figure, axes = _figure(10.0, 1.6 + 0.5 * len(sites))
-    for row in range(len(sites)):
-        own = [(rise, fall) for site, rise, fall in windows if site == row]
-        _draw_windows(axes, row, own, _PALETTE[0])
-    axes.set_yticks(range(len(sites)), sites)
-    axes.set_ylim(len(sites) - 0.5, -0.5)
-    _hour_axis(axes, hours, "Time since start (h)")
-    axes.set_title("Passes", loc="left")
-    axes.grid(axis="x", alpha=0.25)
     return figure
 
 

@@ -11,7 +11,6 @@ from flwr_moe.report.plots import (
     bytes_figure,
     passes_figure,
     save_figure,
-    site_passes_figure,
     write_plots,
 )
 from tests.report.fakes import fake_run
@@ -23,15 +22,15 @@ def results(*runs: RunRecord) -> Results:
     return Results("digits", "satellite", 7200.0, list(runs))
 
 
-def test_accuracy_steps_in_hours() -> None:
+def test_accuracy_steps_in_hours_and_stands_until_the_horizon() -> None:
     figure = accuracy_figure(results(fake_run(), fake_run("fedavg")))
     assert figure is not None
     (axes,) = figure.axes
     assert [line.get_label() for line in axes.lines] == ["ems-fl", "fedavg"]
     line = axes.lines[0]
     assert line.get_drawstyle() == "steps-post"
-    np.testing.assert_allclose(line.get_xdata(), [0, 1, 2], rtol=1e-12)
-    np.testing.assert_allclose(line.get_ydata(), [0.5, 0.75, 0.625], rtol=1e-12)
+    np.testing.assert_allclose(line.get_xdata(), [0, 1, 2, 2], rtol=1e-12)
+    np.testing.assert_allclose(line.get_ydata(), [0.5, 0.75, 0.625, 0.625], rtol=1e-12)
     assert axes.get_xlim() == (0, 2)
     assert "(h)" in axes.get_xlabel()
     assert axes.get_legend() is not None
@@ -44,7 +43,7 @@ def test_accuracy_mean_over_seeds_holds_the_last_value() -> None:
     assert figure is not None
     mean, *single = figure.axes[0].lines
     # At one hour the second seed still stands at 0.5.
-    np.testing.assert_allclose(mean.get_ydata(), [0.5, (0.75 + 0.5) / 2, 0.625], rtol=1e-12)
+    np.testing.assert_allclose(mean.get_ydata(), [0.5, (0.75 + 0.5) / 2, 0.625, 0.625], rtol=1e-12)
     assert len(single) == 2
     assert all(line.get_linewidth() < mean.get_linewidth() for line in single)
 
@@ -91,14 +90,6 @@ def test_passes_and_uploads_of_each_cluster() -> None:
     assert labels == ["pass", "upload, ems-fl", "upload, fedavg"]
 
 
-def test_site_passes_show_sites_without_a_pass() -> None:
-    figure = site_passes_figure(["0,0", "89,0"], [(0, 0.0, 360.0)], 12.0)
-    (axes,) = figure.axes
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0,0", "89,0"]
-    assert len(axes.collections[0].get_paths()) == 1
-    assert axes.get_xlim() == (0, 12)
-
-
 def test_nothing_to_draw_draws_nothing(tmp_path: Path) -> None:
     assert write_plots(tmp_path, results()) == []
     empty = write_results(tmp_path, [RunRecord("local", 0)], {}, "digits", "fixed", 60.0)
@@ -106,7 +97,9 @@ def test_nothing_to_draw_draws_nothing(tmp_path: Path) -> None:
 
 
 def test_png_whatever_the_name(tmp_path: Path) -> None:
-    save_figure(site_passes_figure(["0,0"], [], 1.0), tmp_path / "plot.out")
+    figure = accuracy_figure(results(fake_run()))
+    assert figure is not None
+    save_figure(figure, tmp_path / "plot.out")
     assert (tmp_path / "plot.out").read_bytes().startswith(PNG)
 
 
