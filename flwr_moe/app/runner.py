@@ -14,11 +14,19 @@ from flwr_moe.app.config import Settings
 from flwr_moe.app.sites import build_links
 from flwr_moe.app.systems import build_system, build_task, train_config
 from flwr_moe.app.tracker import Tracker
-from flwr_moe.network import HorizonReached, Links, MeteredGrid, SatelliteLinks, SimulatedGrid
+from flwr_moe.network import (
+    HorizonReached,
+    Links,
+    MeteredGrid,
+    SatelliteLinks,
+    SimulatedGrid,
+    call_roll,
+)
 from flwr_moe.report import HistoryRow, RunRecord
 
 Progress = Callable[[float, HistoryRow | None], None]
 MANY_ROUNDS = 1_000_000
+START_PATIENCE_S = 300.0
 
 
 def run_system(
@@ -56,6 +64,9 @@ def run_system(
     began = time.monotonic()
     num_clients = count_nodes(grid, settings.num_clients)
     settings.validate_for(num_clients)
+    # Ray starts its processes from another thread by forking, and a fork while this one is inside
+    # BLAS never returns. Once a node has answered, Ray is up: nothing heavy may come before that.
+    call_roll(grid, timeout=START_PATIENCE_S)
     links = None if settings.links == "real" else build_links(settings)
     task = build_task(settings, settings.num_clients or num_clients, seed)
     system = build_system(system_name, settings, task, seed)

@@ -31,6 +31,8 @@ class MeteredGrid(WrappedGrid):
         Names the kind of every array for the ledger.
     on_advance : callable, optional
         Called with the seconds since the start whenever replies come.
+    patience_s : float
+        Wall seconds the roll call waits for a silent node.
 
     Notes
     -----
@@ -45,12 +47,14 @@ class MeteredGrid(WrappedGrid):
         horizon_s: float = math.inf,
         kind_of: KindFn = default_kind,
         on_advance: Callable[[float], None] | None = None,
+        patience_s: float = 300.0,
     ) -> None:
         super().__init__(grid)
         self.ledger = Ledger() if ledger is None else ledger
         self.horizon_s = horizon_s
         self._kind_of = kind_of
         self._on_advance = on_advance
+        self._patience_s = patience_s
         self._began = time.monotonic()
 
     @property
@@ -60,7 +64,7 @@ class MeteredGrid(WrappedGrid):
 
     def roll_call(self) -> dict[int, NodeProfile]:
         """Ask every node who it is; not booked."""
-        self._profiles = call_roll(self.grid, timeout=300.0)
+        self._profiles = call_roll(self.grid, timeout=self._patience_s)
         return self._profiles
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:

@@ -14,7 +14,6 @@ from flwr.serverapp import Grid
 from flwr_moe.network import MeteredGrid, SimulatedGrid, check_reply
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import NodeProfile
-from flwr_moe.network.roll_call import call_roll
 
 POLL_S = 0.2
 
@@ -41,35 +40,24 @@ class EventLoop:
     """
 
     def __init__(self, grid: Grid, timeout: float = math.inf) -> None:
-        self.grid = grid
+        # A plain Grid gets a clock and a ledger too, so that nothing below has to ask.
+        if not isinstance(grid, SimulatedGrid | MeteredGrid):
+            grid = MeteredGrid(grid, patience_s=min(timeout, 300.0))
+        self.grid: SimulatedGrid | MeteredGrid = grid
         self.timeout = timeout
         self.events: Counter[str] = Counter()
         self._sent: dict[str, Message] = {}
-        self._began = time.monotonic()
-        self._profiles: dict[int, NodeProfile] | None = None
 
     @property
     def now(self) -> float:
         """Virtual seconds on a simulated Grid, else wall seconds."""
-        if isinstance(self.grid, SimulatedGrid):
-            return self.grid.now
-        return time.monotonic() - self._began
+        return self.grid.now
 
     def wait_for_nodes(self, least: int) -> dict[int, NodeProfile]:
         """Wait until ``least`` nodes are connected; profiles by node id, by partition id."""
-        while len(list(self.grid.get_node_ids())) < least:
+        while len(list(self.grid.grid.get_node_ids())) < least:
             time.sleep(POLL_S)
-        return self.profiles()
-
-    def profiles(self) -> dict[int, NodeProfile]:
-        """Profiles of all connected nodes, in order of partition id."""
-        if isinstance(self.grid, SimulatedGrid):
-            return self.grid.profiles()
-        ids = set(self.grid.get_node_ids())
-        if self._profiles is None or not ids <= set(self._profiles):
-            self._profiles = call_roll(self.grid, timeout=min(self.timeout, 300.0))
-        known = self._profiles
-        return {i: known[i] for i in sorted(ids, key=lambda i: known[i].partition_id)}
+        return self.grid.profiles()
 
     def send(self, messages: Collection[Message]) -> list[str | None]:
         """Push messages; their ids in the same order, None where the Grid does not take one."""
@@ -141,7 +129,6 @@ class EventLoop:
         return None
 
     def _count(self, event: str, number: int = 1) -> None:
-        """Count what the Grid has not seen itself, in its ledger too where it keeps one."""
+        """Count what the Grid has not seen itself, in its ledger too."""
         self.events[event] += number
-        if isinstance(self.grid, SimulatedGrid | MeteredGrid):
-            self.grid.ledger.event(event, number)
+        self.grid.ledger.event(event, number)
