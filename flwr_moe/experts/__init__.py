@@ -5,9 +5,7 @@ from flwr_moe.experts.assignment import assign_experts
 from flwr_moe.experts.gate_fit import (
     Discriminants,
     GateStatistics,
-    RandomFeatures,
     fit_discriminants,
-    median_gamma,
     split_among_experts,
 )
 from flwr_moe.experts.layout import ExpertLayout
@@ -18,6 +16,7 @@ from flwr_moe.experts.mixture import (
     most_probable_log_probs,
 )
 from flwr_moe.experts.probe import affinity_from_inputs, gate_inputs, sample_features
+from flwr_moe.experts.random_features import RandomFeatures, median_gamma
 from flwr_moe.experts.restrict import restricted_gate
 from flwr_moe.experts.sparse_moe import SparseMoE
 

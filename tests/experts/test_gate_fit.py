@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from flwr_moe.experts.gate_fit import (
+from flwr_moe.experts import (
     GateStatistics,
     RandomFeatures,
     fit_discriminants,
