@@ -9,12 +9,9 @@ from flwr.serverapp import Grid
 from flwr_moe.app.client_app import make_client_app
 from flwr_moe.app.config import Settings
 from flwr_moe.app.engine import simulate
-from flwr_moe.app.runner import Progress, run_system
+from flwr_moe.app.runner import Progress, run_system, show_progress
 from flwr_moe.app.sites import build_links
-from flwr_moe.app.spec import ConfigError
-from flwr_moe.app.systems import TUNED
 from flwr_moe.report import (
-    HistoryRow,
     ResultsFolder,
     RunRecord,
     VirtualTimeProgress,
@@ -55,8 +52,6 @@ def run_compare(systems: list[str], settings: Settings, seeds: list[int], out: P
     settings.validate_for(settings.num_clients)
     for name in systems:
         settings.replace(system=name)
-        if name not in TUNED:
-            raise ConfigError(f"system {name!r} is not available in this version")
     build_links(settings)
     folder = ResultsFolder.create(out)
     horizon_s = settings.horizon_hours * 3600
@@ -65,7 +60,7 @@ def run_compare(systems: list[str], settings: Settings, seeds: list[int], out: P
     with VirtualTimeProgress() as progress:
         for seed in seeds:
             for name in systems:
-                show = _shower(progress, f"{name} seed {seed}", horizon_s)
+                show = show_progress(progress, f"{name} seed {seed}", horizon_s)
                 runs.append(run_one(name, settings, seed, show))
                 ordered = sorted(runs, key=lambda run: systems.index(run.system))
                 results = write_results(
@@ -93,10 +88,3 @@ def run_one(
 
     record: RunRecord = simulate(make_client_app(run), run.num_clients, main)
     return record
-
-
-def _shower(progress: VirtualTimeProgress, label: str, horizon_s: float) -> Progress:
-    def show(now_s: float, row: HistoryRow | None) -> None:
-        progress.update(label, now_s, horizon_s, row.accuracy if row else None)
-
-    return show

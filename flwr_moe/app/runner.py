@@ -22,7 +22,7 @@ from flwr_moe.network import (
     SimulatedGrid,
     call_roll,
 )
-from flwr_moe.report import HistoryRow, RunRecord
+from flwr_moe.report import HistoryRow, RunRecord, VirtualTimeProgress
 
 Progress = Callable[[float, HistoryRow | None], None]
 MANY_ROUNDS = 1_000_000
@@ -125,6 +125,15 @@ def run_system(
         uploads=[{"cluster": site, "time-s": at_s} for at_s, site in ledger.arrivals],
         weights={**weights, **system.extra_weights()},
     )
+
+
+def show_progress(progress: VirtualTimeProgress, label: str, horizon_s: float) -> Progress:
+    """Return an ``on_progress`` that shows a run under ``label``."""
+
+    def show(now_s: float, row: HistoryRow | None) -> None:
+        progress.update(label, now_s, horizon_s, row.accuracy if row else None)
+
+    return show
 
 
 def count_nodes(grid: Grid, expected: int, patience_s: float = 30.0, quiet_s: float = 1.0) -> int:
