@@ -1,1 +1,23 @@
 """Tensors between nodes outside Flower messages: store, server and client."""
+
+from flwr_moe.exchange.app import Refused
+from flwr_moe.exchange.body import BadBody, BadName, Limits, TensorSpec
+from flwr_moe.exchange.client import ExchangeClient
+from flwr_moe.exchange.server import ExchangeServer
+from flwr_moe.exchange.store import StoreFull, TensorStore
+from flwr_moe.exchange.transport import ExchangeError, RefusedByServer, Unreachable
+
+__all__ = [
+    "BadBody",
+    "BadName",
+    "ExchangeClient",
+    "ExchangeError",
+    "ExchangeServer",
+    "Limits",
+    "Refused",
+    "RefusedByServer",
+    "StoreFull",
+    "TensorSpec",
+    "TensorStore",
+    "Unreachable",
+]

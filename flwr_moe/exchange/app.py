@@ -1,0 +1,219 @@
+"""The tensor exchange as an ASGI application: what is answered to which request.
+
+Every request except the health check carries the bearer token. Nothing of a request is read or
+stored before its token, route, name and declared length have been found good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hmac
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from urllib.parse import parse_qsl
+
+from torch import Tensor
+
+from flwr_moe.exchange.body import BadBody, BadName, Limits, check_name, checksum, pack, unpack
+from flwr_moe.exchange.request import CHECKSUM_HEADER, Receive, Refused, Request, Scope, Send
+from flwr_moe.exchange.store import StoreFull, TensorStore
+
+Handler = Callable[[dict[str, Tensor], dict[str, str]], tuple[Mapping[str, Tensor], dict[str, str]]]
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BODIES_AT_ONCE = 4
+_log = logging.getLogger(__name__)
+
+
+class ExchangeApp:
+    """ASGI application around a store and handlers.
+
+    Parameters
+    ----------
+    store : TensorStore
+        Where tensors are kept.
+    token : str
+        The bearer token; visible ASCII characters.
+    handlers : mapping of str to callable
+        What ``POST /v1/call/{handler}`` runs. Several calls may run at once.
+    file_workers, call_workers : Executor
+        Threads for the store and for handlers; apart, so that a long computation does not hold
+        up who only fetches.
+    limits : Limits
+        Largest body, and what is checked in it. Bodies of four times its length together are
+        received or worked on at one time; with more, the answer is 503.
+    stall_s : float
+        Seconds without a byte after which a request's body is given up (408).
+
+    Raises
+    ------
+    ValueError
+        If the token is empty or cannot travel in a header, or a handler's name is no name.
+
+    Notes
+    -----
+    Source: ours. What is stored travels with its checksum, so that a damaged body is never kept.
+    Calls do without: four passes over each body would double the time of a call.
+    """
+
+    def __init__(
+        self,
+        store: TensorStore,
+        token: str,
+        handlers: Mapping[str, Handler],
+        *,
+        file_workers: Executor,
+        call_workers: Executor,
+        limits: Limits,
+        stall_s: float = 30.0,
+    ) -> None:
+        check_token(token)
+        for name in handlers:
+            check_name(name)
+        self._store, self._handlers, self._limits = store, dict(handlers), limits
+        self._token = token.encode("ascii")
+        self._file_workers, self._call_workers = file_workers, call_workers
+        self._stall_s = stall_s
+        self._open_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return
+        request = Request(scope, receive, send, self._stall_s)
+        try:
+            await self._answer(request)
+        except Refused as refused:
+            await request.refuse(refused)
+        except BadName as error:
+            await request.refuse(Refused(str(error), 400))
+        except BadBody as error:
+            await request.refuse(Refused(str(error), 422))
+        except StoreFull as error:
+            await request.refuse(Refused(str(error), 507))
+        except OSError as error:
+            _log.exception("%s %s failed", request.method, request.path)
+            full = error.errno in _DISK_FULL
+            reason = "the disk is full" if full else "the store cannot be read or written"
+            await request.refuse(Refused(reason, 507 if full else 500))
+        except Exception:
+            _log.exception("%s %s failed", request.method, request.path)
+            await request.refuse(Refused("the exchange failed", 500))
+
+    async def _answer(self, request: Request) -> None:
+        path = request.path
+        if path == "/v1/health":
+            request.allow("GET")
+            return await request.reply_json({"status": "ok"})
+        self._check_token(request)
+        if path == "/v1/tensors":
+            request.allow("GET")
+            names = self._store.names(_prefix(request.query))
+            return await request.reply_json({"names": list(names)})
+        if path.startswith("/v1/tensors/"):
+            request.allow("GET", "HEAD", "PUT", "DELETE")
+            name = path.removeprefix("/v1/tensors/")
+            check_name(name)
+            return await self._tensors(request, name)
+        if path.startswith("/v1/call/"):
+            request.allow("POST")
+            name = path.removeprefix("/v1/call/")
+            check_name(name)
+            if name not in self._handlers:
+                raise Refused(f"no handler called {name}", 404)
+            return await self._call(request, self._handlers[name])
+        raise Refused("no such route", 404)
+
+    def _check_token(self, request: Request) -> None:
+        scheme, _, given = request.header("authorization", 401).strip().partition(b" ")
+        # Both are always compared, in constant time.
+        right = hmac.compare_digest(given.strip(), self._token)
+        if scheme.lower() != b"bearer" or not right:
+            raise Refused("token is missing or wrong", 401)
+
+    async def _tensors(self, request: Request, name: str) -> None:
+        in_thread = asyncio.get_running_loop().run_in_executor
+        if request.method == "PUT":
+            with self._open(request) as length:
+                claimed = request.header(CHECKSUM_HEADER, 400)
+                body = await request.body(length)
+                await in_thread(self._file_workers, self._put, name, body, claimed)
+            return await request.reply(204)
+        try:
+            if request.method == "DELETE":
+                await in_thread(self._file_workers, self._store.delete, name)
+                return await request.reply(204)
+            stored, digest = await in_thread(self._file_workers, self._stored, name)
+        except KeyError:
+            raise Refused(f"no tensors called {name}", 404) from None
+        await request.reply(200, stored, digest)
+
+    def _put(self, name: str, body: memoryview, claimed: bytes) -> None:
+        if checksum(body).encode() != claimed:
+            raise BadBody("checksum does not match the body")
+        unpack(body, self._limits)  # the store looks at the form alone
+        self._store.put_body(name, body)
+
+    def _stored(self, name: str) -> tuple[memoryview, str]:
+        body = self._store.body(name)
+        return body, checksum(body)
+
+    async def _call(self, request: Request, handler: Handler) -> None:
+        in_thread = asyncio.get_running_loop().run_in_executor
+        with self._open(request) as length:
+            body = await request.body(length)
+            answer = await in_thread(
+                self._call_workers, self._run_handler, handler, request.path, body
+            )
+            del body
+        await request.reply(200, answer)
+
+    def _run_handler(self, handler: Handler, path: str, body: memoryview) -> memoryview:
+        tensors, metadata = unpack(body, self._limits)
+        try:
+            return memoryview(pack(*handler(tensors, metadata)))
+        except Refused:
+            raise
+        except Exception as error:
+            _log.exception("%s failed", path)
+            raise Refused(f"handler failed: {type(error).__name__}: {error}", 500) from None
+
+    @contextmanager
+    def _open(self, request: Request) -> Iterator[int]:
+        """Set room for the request's body aside, and tell its declared length."""
+        length = request.length(self._limits.max_body_bytes)
+        if self._open_bytes + length > _BODIES_AT_ONCE * self._limits.max_body_bytes:
+            raise Refused("too much is being received, try again later", 503)
+        self._open_bytes += length
+        try:
+            yield length
+        finally:
+            self._open_bytes -= length
+
+
+def check_token(token: str) -> None:
+    """Check that a token can be used.
+
+    Raises
+    ------
+    ValueError
+        If it is empty or not made of visible ASCII characters.
+    """
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ValueError(
+            "token is empty or holds blanks or other than ASCII, expected visible characters"
+        )
+
+
+def _prefix(query: bytes) -> str:
+    try:
+        pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError:
+        raise Refused("query cannot be read, expected prefix=…", 400) from None
+    if [key for key, _ in pairs] not in ([], ["prefix"]):
+        raise Refused("expected no query but prefix=…", 400)
+    return pairs[0][1] if pairs else ""
