@@ -14,17 +14,25 @@ from flwr_moe.network.nodes import (
 from flwr_moe.network.roll_call import call_roll
 from flwr_moe.network.satellite_links import SatelliteLinks
 from flwr_moe.network.simulated import SimulatedGrid
+from flwr_moe.network.trace_links import RateTrace, TraceLinks
+from flwr_moe.network.wall_clock import MESSAGE_TTL_S, GatedGrid
+from flwr_moe.network.wireless_links import WirelessLinks
 
 __all__ = [
+    "MESSAGE_TTL_S",
     "ROLL_CALL_TYPE",
     "FixedLinks",
+    "GatedGrid",
     "HorizonReached",
     "Ledger",
     "Links",
     "MeteredGrid",
     "NodeProfile",
+    "RateTrace",
     "SatelliteLinks",
     "SimulatedGrid",
+    "TraceLinks",
+    "WirelessLinks",
     "answer_roll_call",
     "call_roll",
     "check_reply",

@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from flwr_moe.network.links import Links
 from flwr_moe.network.nodes import NodeProfile
+from flwr_moe.network.traffic import Traffic
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Flight:
     arrival_s: float = math.nan
     up_sizes: dict[str, int] = field(default_factory=dict)
     up_wait_s: float = 0.0
+    traffic: Traffic = field(default_factory=Traffic)
     steps: int = 0
     compute_s: float = 0.0
 

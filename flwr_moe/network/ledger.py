@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from flwr_moe.network.traffic import Traffic
+
 DIRECTIONS = ("uplink", "downlink", "peer")
-EVENTS = ("lost", "late", "rejected")
+EVENTS = ("lost", "late", "rejected", "peer-lost")
 
 KindFn = Callable[[str, str], str]
 
@@ -76,6 +78,12 @@ def _control_bytes(record: ConfigRecord | MetricRecord) -> int:
     return full.count_bytes() + sum(len(key) for key in empty)
 
 
+def check_direction(direction: str) -> None:
+    """Raise ValueError unless bytes can move in this direction."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction is {direction!r}, expected one of {', '.join(DIRECTIONS)}")
+
+
 @dataclass
 class Ledger:
     """What moved, what waited and what went wrong.
@@ -87,7 +95,8 @@ class Ledger:
     waits_s : Counter
         Seconds that messages waited or travelled, by ``(partition id, direction)``.
     events : Counter
-        ``"lost"``, ``"late"`` and ``"rejected"`` replies.
+        ``"lost"``, ``"late"`` and ``"rejected"`` replies, and ``"peer-lost"``: experts that a
+        peer did not give when asked.
     updates : int
         Training replies that arrived whole.
     arrivals : list of (float, int)
@@ -106,15 +115,24 @@ class Ledger:
 
     def move(self, partition_id: int, direction: str, sizes: dict[str, int], wait_s: float) -> None:
         """Book a transfer of ``sizes`` bytes by kind that took ``wait_s`` seconds."""
-        if direction not in DIRECTIONS:
-            raise ValueError(f"direction is {direction!r}, expected one of {', '.join(DIRECTIONS)}")
+        check_direction(direction)
         for kind, size in sizes.items():
             self.transfers[partition_id, direction, kind] += size
         key = (partition_id, direction)
         self.waits_s[key] = self.waits_s.get(key, 0.0) + wait_s
 
+    def exchanged(self, partition_id: int, traffic: Traffic) -> None:
+        """Book what a node moved over the tensor exchange."""
+        for direction, kind, size in (
+            ("peer", "expert", traffic.peer_bytes),
+            ("uplink", "activation", traffic.activation_bytes),
+            ("downlink", "gradient", traffic.gradient_bytes),
+        ):
+            if size:
+                self.move(partition_id, direction, {kind: size}, 0.0)
+
     def event(self, name: str, count: int = 1) -> None:
-        """Count ``"lost"``, ``"late"`` or ``"rejected"`` replies."""
+        """Count an event of :data:`EVENTS`."""
         if name not in EVENTS:
             raise ValueError(f"event is {name!r}, expected one of {', '.join(EVENTS)}")
         self.events[name] += count

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from flwr_moe.network.ledger import check_direction
 from flwr_moe.network.nodes import NodeProfile
 
 
@@ -32,7 +33,7 @@ class FixedLinks:
     Parameters
     ----------
     rate_bps : float
-        Bits a second in both directions; inf for no limit.
+        Bits a second in every direction; inf for no limit.
     delay_s : float
         Propagation delay in seconds.
     """
@@ -49,6 +50,7 @@ class FixedLinks:
 
     def transfer(self, node: NodeProfile, direction: str, n_bytes: int, start_s: float) -> float:
         """Return ``start + bits / rate + delay``."""
+        check_direction(direction)
         return start_s + 8 * n_bytes / self.rate_bps + self.delay_s
 
     def next_contact(self, node: NodeProfile, direction: str, after_s: float) -> float:

@@ -13,6 +13,7 @@ from flwr_moe.network.horizon import HorizonReached
 from flwr_moe.network.ledger import KindFn, Ledger, count_bytes, default_kind
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.network.roll_call import call_roll
+from flwr_moe.network.traffic import Traffic
 from flwr_moe.network.wrapped import WrappedGrid
 
 
@@ -26,7 +27,8 @@ class MeteredGrid(WrappedGrid):
     ledger : Ledger, optional
         A new one by default. Bytes are those of the records, without Flower's envelopes.
     horizon_s : float
-        Wall seconds after which pushing raises :class:`HorizonReached`.
+        Wall seconds after which pushing, and pulling where nothing has come, raise
+        :class:`HorizonReached`.
     kind_of : callable
         Names the kind of every array for the ledger.
     on_advance : callable, optional
@@ -78,7 +80,10 @@ class MeteredGrid(WrappedGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Fetch what has come back, and book it as uplink."""
-        return self._received(self.grid.pull_messages(message_ids))
+        replies = self._received(self.grid.pull_messages(message_ids))
+        if not replies and self.now >= self.horizon_s:
+            raise HorizonReached
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -94,13 +99,26 @@ class MeteredGrid(WrappedGrid):
             self.ledger.event("late", len(batch) - len(replies))
         return replies
 
+    def holds(self, message_ids: Iterable[str]) -> bool:
+        """Whether any of these messages has not been sent yet: never, here."""
+        return False
+
+    def abandon(self, message_ids: Iterable[str]) -> int:
+        """Wait no longer for messages; how many count as late."""
+        late = len(set(message_ids))
+        if late:
+            self.ledger.event("late", late)
+        return late
+
     def _received(self, replies: Iterable[Message]) -> list[Message]:
         came = list(replies)
         for reply in came:
             node = self._book(reply.metadata.src_node_id, "uplink", reply)
             if reply.has_error():
                 self.ledger.event("rejected")
-            elif reply.metadata.message_type.split(".")[0] == MessageType.TRAIN:
+                continue
+            self.ledger.exchanged(node.partition_id, Traffic.of(reply.content))
+            if reply.metadata.message_type.split(".")[0] == MessageType.TRAIN:
                 self.ledger.updates += 1
                 self.ledger.arrivals.append((self.now, node.site))
                 for metrics in reply.content.metric_records.values():

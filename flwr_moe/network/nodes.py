@@ -11,9 +11,17 @@ from flwr.clientapp import ClientApp
 ROLL_CALL_ACTION = "roll_call"
 ROLL_CALL_TYPE = f"query.{ROLL_CALL_ACTION}"
 NODE_RECORD = "node"
+EXCHANGE_URL = "exchange-url"
 
 Fact = str | int | float
-NODE_FACTS = ("partition-id", "role", "site", "num-examples", "steps-per-second")
+NODE_FACTS = (
+    "partition-id",
+    "role",
+    "site",
+    "num-examples",
+    "steps-per-second",
+    EXCHANGE_URL,
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class NodeProfile:
         Training examples the node holds; 0 if unknown.
     steps_per_second : float
         Training steps a second, for virtual compute time.
+    exchange_url : str
+        Address of the node's tensor exchange; empty if it has none of its own.
     """
 
     node_id: int
@@ -42,6 +52,7 @@ class NodeProfile:
     site: int = 0
     num_examples: int = 0
     steps_per_second: float = float("inf")
+    exchange_url: str = ""
 
 
 def partition_told(message: Message) -> int | None:
@@ -96,6 +107,7 @@ def profile_from_reply(message: Message, fallback: NodeProfile) -> NodeProfile:
         site=int(_number(told, "site", fallback.site)),
         num_examples=int(_number(told, "num-examples", fallback.num_examples)),
         steps_per_second=speed,
+        exchange_url=str(told.get(EXCHANGE_URL, fallback.exchange_url)),
     )
 
 
@@ -110,7 +122,7 @@ def answer_roll_call(app: ClientApp, **facts: Fact | Callable[[Context], Fact]) 
     """Make a ClientApp answer the roll call.
 
     Values come from ``facts``, then from the node's ``--node-config``, which wins:
-    ``partition-id``, ``role``, ``site``, ``num-examples``, ``steps-per-second``.
+    ``partition-id``, ``role``, ``site``, ``num-examples``, ``steps-per-second``, ``exchange-url``.
 
     Parameters
     ----------

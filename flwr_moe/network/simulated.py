@@ -18,6 +18,7 @@ from flwr_moe.network.ledger import KindFn, Ledger, count_bytes, default_kind
 from flwr_moe.network.links import Links
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.network.roll_call import call_roll
+from flwr_moe.network.traffic import Traffic
 from flwr_moe.network.wrapped import WrappedGrid
 
 REJECTED = 1001
@@ -127,7 +128,14 @@ class SimulatedGrid(WrappedGrid):
         HorizonReached
             When the next arrival lies beyond the horizon.
         """
-        return self._release(list(message_ids), math.inf)
+        return self.pull_until(message_ids, math.inf)
+
+    def pull_until(self, message_ids: Iterable[str], deadline_s: float) -> list[Message]:
+        """Pull, but stop the clock at ``deadline_s`` if nothing has arrived by then.
+
+        Messages that are still open then can be asked for again, or abandoned.
+        """
+        return self._release(list(message_ids), deadline_s)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -233,6 +241,7 @@ class SimulatedGrid(WrappedGrid):
         reply, node, compute, ahead = flight.reply, flight.node, flight.least_compute_s, 0
         if reply is not None and reply.has_content():
             flight.up_sizes = count_bytes(reply.content, self._kind_of)
+            flight.traffic = Traffic.of(reply.content)
             for metrics in reply.content.metric_records.values():
                 flight.steps = max(flight.steps, int(_scalar(metrics.get("steps"), 0)))
                 by_steps = flight.steps / node.steps_per_second
@@ -242,7 +251,7 @@ class SimulatedGrid(WrappedGrid):
         # What needed nothing from the server was begun when the run was.
         start = max(start, ahead / node.steps_per_second)
         flight.steps += ahead
-        ready = start + compute
+        ready = self._work(flight, start, compute)
         if math.isfinite(ready):
             # Also where nobody computes because the horizon comes first: the node is busy.
             self._idle_s[node.node_id, "compute"] = ready
@@ -252,6 +261,26 @@ class SimulatedGrid(WrappedGrid):
         flight.arrival_s = self._carry(node, "uplink", sum(flight.up_sizes.values()), ready)
         flight.up_wait_s = flight.arrival_s - ready
 
+    def _work(self, flight: Flight, start_s: float, compute_s: float) -> float:
+        """Return when a node is done that fetches from peers first and talks while it computes."""
+        traffic, node = flight.traffic, flight.node
+        ready = start_s
+        if traffic.peer_bytes:
+            ready = self.links.transfer(node, "peer", traffic.peer_bytes, ready)
+        if not traffic.exchanges:
+            return ready + compute_s
+        up, down = (
+            math.ceil(n / traffic.exchanges)
+            for n in (traffic.activation_bytes, traffic.gradient_bytes)
+        )
+        for _ in range(traffic.exchanges):
+            ready += compute_s / traffic.exchanges
+            ready = self.links.transfer(node, "uplink", up, ready)
+            ready = self.links.transfer(node, "downlink", down, ready)
+            if math.isinf(ready):
+                break
+        return ready
+
     def _release(self, message_ids: list[str], deadline: float) -> list[Message]:
         flights = [self._flights[i] for i in message_ids if i in self._flights]
         limit = min(deadline, self.horizon_s)
@@ -260,10 +289,10 @@ class SimulatedGrid(WrappedGrid):
             first = min(flights, key=lambda f: f.order)
             if first.order[0] > limit:
                 # Every other one is later still, whether its arrival is known or only bounded.
-                self._count_lost(flights)
                 if math.isfinite(limit):
                     self._advance(limit)
                 if self.now >= self.horizon_s:
+                    self._count_lost(flights)
                     raise HorizonReached
                 return []
             # An open one that might arrive at the same instant belongs to the same batch.
@@ -286,6 +315,7 @@ class SimulatedGrid(WrappedGrid):
 
     def _book(self, flight: Flight) -> None:
         self.ledger.move(flight.node.partition_id, "uplink", flight.up_sizes, flight.up_wait_s)
+        self.ledger.exchanged(flight.node.partition_id, flight.traffic)
         self.ledger.steps += flight.steps
         self.ledger.compute_s += flight.compute_s
 

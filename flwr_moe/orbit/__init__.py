@@ -21,6 +21,7 @@ from flwr_moe.orbit.link_budget import (
     slant_range_km,
 )
 from flwr_moe.orbit.passes import find_passes, pass_geometry
+from flwr_moe.orbit.rain import RainLoss, rain_loss_db
 from flwr_moe.orbit.table import PassTable, Site
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "LinkBudget",
     "LinkPreset",
     "PassTable",
+    "RainLoss",
     "Satellite",
     "Site",
     "Walker",
@@ -42,6 +44,7 @@ __all__ = [
     "load_elements",
     "pass_geometry",
     "propagation_delay_s",
+    "rain_loss_db",
     "save_constellation",
     "slant_range_km",
     "walker_delta",

@@ -14,7 +14,6 @@ from skyfield.sgp4lib import theta_GMST1982
 
 from flwr_moe.orbit.table import Site
 from flwr_moe.orbit.times import DAY_S, elapsed_times
-from flwr_moe.orbit.times import timescale as timescale  # its first home, still imported from here
 
 FloatArray = NDArray[np.float64]
 

@@ -121,21 +121,25 @@ class LinkBudget:
             if not 0.0 < getattr(self, key) <= 1.0:
                 raise ValueError(f"{key} = {getattr(self, key):g}, expected above 0 to 1")
 
-    def snr_db(self, range_km: ArrayLike) -> FloatArray:
+    def snr_db(self, range_km: ArrayLike, extra_loss_db: ArrayLike = 0.0) -> FloatArray:
         """Return the signal-to-noise ratio in dB over a slant range in km; same shape.
 
         `EIRP + G/T - k - B - free-space loss - other losses` (3GPP TR 38.821, section 6.1.3.1).
+        A loss that depends on the place or the elevation, such as rain, is given with the range:
+        in dB, at least 0, of the same shape.
         """
         gain = self.eirp_dbw + self.g_over_t_db_per_k - BOLTZMANN_DB
-        loss = free_space_loss_db(range_km, self.frequency_hz) + self.losses_db
+        extra = _positive("extra_loss_db", extra_loss_db, zero=True)
+        loss = free_space_loss_db(range_km, self.frequency_hz) + self.losses_db + extra
         return gain - loss - 10.0 * math.log10(self.bandwidth_hz)
 
-    def rate_bps(self, range_km: ArrayLike) -> FloatArray:
+    def rate_bps(self, range_km: ArrayLike, extra_loss_db: ArrayLike = 0.0) -> FloatArray:
         """Return the data rate in bit/s over a slant range in km; same shape.
 
-        `beam_share · efficiency · B log2(1 + SNR)`: Shannon's capacity, scaled.
+        `beam_share · efficiency · B log2(1 + SNR)`: Shannon's capacity, scaled. The extra loss is
+        that of `snr_db`.
         """
-        ratio = 10.0 ** (self.snr_db(range_km) / 10.0)
+        ratio = 10.0 ** (self.snr_db(range_km, extra_loss_db) / 10.0)
         share = self.beam_share * self.efficiency
         return share * self.bandwidth_hz * np.log2(1.0 + ratio)
 

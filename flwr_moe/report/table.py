@@ -28,7 +28,23 @@ _COLUMNS: tuple[tuple[str, int, Callable[[Entry], float | None]], ...] = (
     ("kB per update", 1, lambda e: _scaled(e.get("uplink-bytes-per-update"), 1e-3)),
     ("device hours", 1, lambda e: _scaled(e["device-seconds"], 1 / 3600)),
 )
-HEADINGS = ("system", *(heading for heading, _, _ in _COLUMNS), "lost / late / rejected")
+#: Shown only where some run has them.
+_RARE_COLUMNS: tuple[tuple[str, int, Callable[[Entry], float | None]], ...] = (
+    ("after a local round", 3, lambda e: e.get("after-local-round")),
+    ("peer MB", 2, lambda e: _scaled(e["peer-bytes"] or None, 1e-6)),
+)
+_LAST = "lost / late / rejected"
+
+
+def _columns(results: Results) -> list[tuple[str, int, Callable[[Entry], float | None]]]:
+    entries = [run.summary for run in results.runs]
+    rare = [c for c in _RARE_COLUMNS if any(c[2](entry) is not None for entry in entries)]
+    return [*_COLUMNS, *rare]
+
+
+def headings(results: Results) -> list[str]:
+    """Return the headings of the table's columns."""
+    return ["system", *(heading for heading, _, _ in _columns(results)), _LAST]
 
 
 def summary_rows(results: Results) -> list[list[str]]:
@@ -41,7 +57,7 @@ def summary_rows(results: Results) -> list[list[str]]:
         entries = [run.summary for run in runs]
         cells = [
             _mean_spread([value(entry) for entry in entries], decimals)
-            for _, decimals, value in _COLUMNS
+            for _, decimals, value in _columns(results)
         ]
         events = "/".join(str(sum(e["events"].get(kind, 0) for e in entries)) for kind in _EVENTS)
         rows.append([system, *cells, events])
@@ -60,8 +76,9 @@ def rich_table(results: Results, compact: bool = False) -> Table:
         show_edge=False,
         padding=(0, 0 if compact else 1),
     )
-    table.add_column(HEADINGS[0], overflow="fold", max_width=_COMPACT_NAME if compact else None)
-    for heading in HEADINGS[1:]:
+    first, *others = headings(results)
+    table.add_column(first, overflow="fold", max_width=_COMPACT_NAME if compact else None)
+    for heading in others:
         # Cells may wrap, words may not be cut.
         longest = max(map(len, heading.split()))
         width = longest if compact else None
@@ -87,8 +104,9 @@ def print_table(results: Results, console: Console | None = None) -> None:
 
 def markdown_table(results: Results) -> str:
     """Return the table as Markdown, with a line on how to read it."""
-    lines = [f"# {_title(results)}", "", _markdown_row(HEADINGS)]
-    lines.append(_markdown_row(["---", *["---:"] * (len(HEADINGS) - 1)]))
+    titles = headings(results)
+    lines = [f"# {_title(results)}", "", _markdown_row(titles)]
+    lines.append(_markdown_row(["---", *["---:"] * (len(titles) - 1)]))
     lines += [_markdown_row(row) for row in summary_rows(results)]
     note = "Hours are virtual."
     if len(results.seeds) > 1:

@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from flwr_moe.network import HorizonReached
 from flwr_moe.network.flower_adapter import log
+from flwr_moe.network.wall_clock import MESSAGE_TTL_S
 from flwr_moe.strategies.averaging import Arrays, to_arrays, to_record
 from flwr_moe.strategies.events import EventLoop
 
@@ -186,6 +187,12 @@ class AsyncStrategy(FedAvg):
         order = ConfigRecord({**config, "server-round": server_round})
         record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: order})
         return self._construct_messages(record, chosen, MessageType.EVALUATE)
+
+    def _construct_messages(
+        self, record: RecordDict, node_ids: list[int], message_type: str
+    ) -> Iterable[Message]:
+        """Write one message for each node, valid long enough for links that come and go."""
+        return [Message(record, i, message_type, ttl=MESSAGE_TTL_S) for i in node_ids]
 
     # --- the steps of a run ----------------------------------------------------
 

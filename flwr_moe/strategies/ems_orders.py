@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from flwr_moe.client_apps.expert import GATE_STATISTICS, TRAIN_EXPERTS, TRAINED_SHARED
 from flwr_moe.experts import ExpertLayout, RandomFeatures
+from flwr_moe.network.wall_clock import MESSAGE_TTL_S
 from flwr_moe.strategies.averaging import Arrays, to_arrays, to_record
 from flwr_moe.strategies.ems_cluster import Cluster
 from flwr_moe.strategies.ems_plan import ClusterReport, Experts
@@ -112,7 +113,7 @@ class OrderBook:
         )
         if fresh:
             content["shared"] = to_record(fresh)
-        return Message(content, node_id, message_type)
+        return Message(content, node_id, message_type, ttl=MESSAGE_TTL_S)
 
     def forget(self, node_id: int) -> None:
         """Take nothing for granted: the next order brings the node the whole shared part."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from flwr.app import ConfigRecord
@@ -32,10 +33,16 @@ def send_round(
 def finished_rounds(
     loop: EventLoop, clusters: Sequence[Cluster], orders: OrderBook, straggler_s: float
 ) -> list[Cluster]:
-    """Wait for replies; the clusters whose round is complete, or has waited long enough."""
+    """Wait for replies or a deadline; the clusters whose round is complete or has run out of time.
+
+    A cluster's time ends ``straggler_s`` after its first usable reply, whether anything happens
+    then or not.
+    """
     active = [cluster for cluster in clusters if cluster.pending]
     waiting = {message_id: cluster for cluster in active for message_id in cluster.pending}
-    replies = loop.next_replies(sorted(waiting))
+    deadline_s = min((c.first_reply_s + straggler_s for c in active), default=math.inf)
+    replies = loop.next_replies(sorted(waiting), deadline_s)
+    over = not replies and loop.now < deadline_s
     for reply in replies:
         message_id = reply.metadata.reply_to_message_id
         cluster, node_id = waiting[message_id], loop.node_of(message_id)
@@ -47,7 +54,7 @@ def finished_rounds(
         else:
             cluster.take(reply, content, loop.now)
     for cluster in active:
-        if loop.now - cluster.first_reply_s > straggler_s or not replies:
+        if over or loop.now >= cluster.first_reply_s + straggler_s:
             for message_id in cluster.pending:
                 orders.forget(loop.node_of(message_id))
             loop.give_up(cluster.pending)

@@ -28,7 +28,7 @@ class EventLoop:
     ----------
     grid : Grid
         A :class:`~flwr_moe.network.SimulatedGrid` (virtual seconds) or any other Grid (wall
-        seconds since the loop was made).
+        seconds since the loop was made, where it has no clock).
     timeout : float
         Seconds without any reply after which a real Grid's nodes count as silent.
 
@@ -79,15 +79,23 @@ class EventLoop:
         """Node that an open message went to; an error reply need not come from the node."""
         return self._sent[message_id].metadata.dst_node_id
 
-    def next_replies(self, message_ids: Collection[str]) -> list[Message]:
-        """Wait for the next replies among ``message_ids``; empty if none will come any more."""
-        quiet_since = time.monotonic()
+    def next_replies(
+        self, message_ids: Collection[str], deadline_s: float = math.inf
+    ) -> list[Message]:
+        """Wait for the next replies among ``message_ids``, until ``deadline_s`` at the latest.
+
+        Empty if none has come by then, or none will come any more: then it is not yet that time.
+        """
+        if isinstance(self.grid, SimulatedGrid):
+            return self.grid.pull_until(message_ids, deadline_s)
+        quiet_since = self.now
         while True:
-            replies = list(self.grid.pull_messages(list(message_ids)))
-            if replies or isinstance(self.grid, SimulatedGrid):
+            replies = self.grid.pull_messages(message_ids)
+            if self.grid.holds(message_ids):
+                # Nobody is silent who has not been asked yet.
+                quiet_since = self.now
+            if replies or self.now >= deadline_s or self.now - quiet_since > self.timeout:
                 return replies
-            if time.monotonic() - quiet_since > self.timeout:
-                return []
             time.sleep(POLL_S)
 
     def give_up(self, message_ids: Collection[str]) -> None:
@@ -96,8 +104,8 @@ class EventLoop:
             self._sent.pop(message_id, None)
         if isinstance(self.grid, SimulatedGrid):
             self.grid.abandon(sorted(message_ids))
-        elif message_ids:
-            self._count("late", len(message_ids))
+        elif late := self.grid.abandon(message_ids):
+            self.events["late"] += late
 
     def content_of(self, reply: Message, check: Check | None = None) -> RecordDict | None:
         """Return a reply's content if it can be used; count and log it if not.
@@ -128,7 +136,7 @@ class EventLoop:
         log(WARNING, "node %d: rejected: %s", node_id, reason)
         return None
 
-    def _count(self, event: str, number: int = 1) -> None:
+    def _count(self, event: str) -> None:
         """Count what the Grid has not seen itself, in its ledger too."""
-        self.events[event] += number
-        self.grid.ledger.event(event, number)
+        self.events[event] += 1
+        self.grid.ledger.event(event)

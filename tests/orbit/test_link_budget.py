@@ -109,3 +109,17 @@ def test_bad_geometry():
         slant_range_km(10.0, 0.0)
     with pytest.raises(ValueError, match="range_km = nan"):
         propagation_delay_s(math.nan)
+
+
+def test_an_extra_loss_lowers_the_rate():
+    link = HANDHELD_S.uplink
+    range_km = np.array([700.0, 1000.0, 1500.0])
+    # Twice the range costs 6.0206 dB, and so does the same extra loss.
+    extra_db = np.array([0.0, 20 * math.log10(2.0), 3.0])
+    assert link.snr_db(range_km) - link.snr_db(range_km, extra_db) == pytest.approx(extra_db)
+    rates = link.rate_bps(range_km, extra_db)
+    assert rates[0] == link.rate_bps(700.0)
+    assert rates[1] == pytest.approx(link.rate_bps(2000.0))
+    assert rates[2] < link.rate_bps(1500.0)
+    with pytest.raises(ValueError, match="extra_loss_db = -1"):
+        link.rate_bps(range_km, -1.0)

@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord
 from flwr_moe.network import FixedLinks, MeteredGrid
 from flwr_moe.strategies import events as events_module
 from flwr_moe.strategies.ems_cluster import MOST_FAILURES
+from tests.network.apps import LossyLinks
 from tests.strategies.devices import (
     PREFER_OWN,
     SINGLE,
@@ -223,14 +224,53 @@ def test_a_straggler_is_not_waited_for():
     _, grid, models = run(
         strategy, devices, FixedLinks(), horizon_s=100.0, num_rounds=15, config=FIVE_STEPS
     )
-    # Cluster 1's uploads every 5 s are looked at: at 20 s, 15 s after the first reply, it is
-    # enough. The average is that of the two.
-    assert strategy.clusters[0].uploads_s[:1] == [20.0]
-    assert grid.ledger.events == {"late": len(strategy.clusters[0].uploads_s)}
-    at_20 = next(state for t, state in models.values() if t == 20.0)
-    last_before = [state for t, state in models.values() if t < 20.0][-1]
-    change = parts(devices, at_20) - parts(devices, last_before)
+    # The first reply comes at 5 s, and 12 s later it is enough. The average is that of the two.
+    assert strategy.clusters[0].uploads_s == [17.0 * n for n in range(1, 6)]
+    assert grid.ledger.events == {"late": 5}
+    at_17 = next(state for t, state in models.values() if t == 17.0)
+    last_before = [state for t, state in models.values() if t < 17.0][-1]
+    change = parts(devices, at_17) - parts(devices, last_before)
     assert np.allclose(change[:2], (10 * 1 + 20 * 2) / 30, rtol=0, atol=SINGLE)
+
+
+def test_a_straggler_is_not_waited_for_where_no_other_reply_wakes_the_server():
+    devices = Devices([0, 0], 2, speeds={1: 0.005})
+    strategy = plain(devices, straggler_s=12.0)
+    _, grid, _ = run(strategy, devices, FixedLinks(), horizon_s=60.0, config=FIVE_STEPS)
+    assert strategy.clusters[0].uploads_s == [17.0, 34.0, 51.0]
+    assert grid.now == 60.0 and grid.ledger.events == {"late": 3}
+
+
+def test_each_cluster_has_its_own_deadline_and_what_is_lost_is_counted_once():
+    # Devices 1 and 3 are heard by nobody. Reports are in at once and end at 12 s; the two that
+    # remain take 5 and 12.5 s and are averaged alone 12 s after that.
+    devices = Devices([0, 0, 1, 1], 4, PREFER_OWN, speeds={2: 0.4})
+    strategy = plain(devices, straggler_s=12.0)
+    links = LossyLinks([(1, "uplink"), (3, "uplink")])
+    _, grid, _ = run(strategy, devices, links, num_rounds=1, config=FIVE_STEPS)
+    assert [c.uploads_s for c in strategy.clusters] == [[29.0], [36.5]]
+    assert grid.ledger.events == {"lost": 4} and grid.now == 36.5
+
+
+def test_a_reply_at_the_very_deadline_is_in_time():
+    devices = Devices([0, 0], 2, speeds={1: 5 / 17})
+    strategy = plain(devices, straggler_s=12.0)
+    _, grid, _ = run(strategy, devices, FixedLinks(), num_rounds=2, config=FIVE_STEPS)
+    assert strategy.clusters[0].uploads_s == [17.0, 34.0] and not grid.ledger.events
+
+
+def test_a_straggler_on_a_real_grid_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(events_module, "POLL_S", 0.002)
+    devices = Devices([0, 0], 2)
+    local = devices.local_grid()
+    grid = MeteredGrid(local)
+    grid.profiles()
+    local.silent = {1}
+    strategy = plain(devices, straggler_s=0.05)
+    strategy.start(grid, devices.initial, 2, timeout=1e6, train_config=FIVE_STEPS)
+    uploads = strategy.clusters[0].uploads_s
+    assert len(uploads) == 2 and uploads[1] - uploads[0] >= 0.05
+    assert strategy.events == {"late": 3} and grid.ledger.events == {"late": 3}
 
 
 def test_a_silent_cluster_on_a_real_grid_is_given_up_and_left_out(monkeypatch):
