@@ -1,0 +1,224 @@
+"""Which units of a module can be removed together, and which tensors they cut.
+
+A unit is a channel, a hidden unit or an attention head. Plain layers are found by following the
+data through the module's graph; transformer blocks by the names of their layers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+Kind = Literal["channels", "hidden", "heads"]
+
+CHANNELWISE: tuple[type[nn.Module], ...] = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Identity,
+    nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+)  # fmt: skip
+CHANNELWISE_FUNCTIONS: frozenset[object] = frozenset(
+    {
+        functional.relu, functional.relu6, functional.leaky_relu, functional.elu, functional.gelu,
+        functional.silu, functional.mish, functional.sigmoid, functional.tanh,
+        functional.hardswish, functional.dropout, functional.dropout2d, functional.max_pool2d,
+        functional.avg_pool2d, functional.adaptive_avg_pool2d, torch.max_pool2d, torch.relu,
+        torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh", "contiguous",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How units lie along one dimension of one tensor of the state.
+
+    The dimension reads (repeats, units, width): one unit's entries are `width` neighbours, found
+    `repeats` times (three in fused query, key and value).
+    """
+
+    key: str
+    dim: int
+    width: int = 1
+    repeats: int = 1
+
+    def positions(self, units: Iterable[int], num_units: int) -> Tensor:
+        """Return the sorted positions of `units` along the dimension, (n,) int64."""
+        unit = torch.as_tensor(list(units), dtype=torch.int64)
+        place = (
+            torch.arange(self.repeats)[:, None, None] * num_units + unit[None, :, None]
+        ) * self.width
+        return (place + torch.arange(self.width)).reshape(-1)
+
+
+@dataclass(frozen=True)
+class PruneGroup:
+    """Units that can go, each together with its entries in all `cuts`.
+
+    Attributes
+    ----------
+    name : str
+        Dotted name of the layer (or attention module) that makes the units.
+    kind : {"channels", "hidden", "heads"}
+        What a unit is.
+    num_units : int
+        Units of the whole module.
+    scored : tuple of Cut
+        Weights that make the units; their L2 norm is a unit's magnitude.
+    cuts : tuple of Cut
+        All tensors that get smaller, `scored` included.
+    output_dim : int, optional
+        If the units are (part of) the module's output: the dimension they lie along.
+    attributes : dict of str to tuple of str
+        Per module, plain numbers of it that shrink in proportion, such as ``num_heads``.
+    """
+
+    name: str
+    kind: Kind
+    num_units: int
+    scored: tuple[Cut, ...]
+    cuts: tuple[Cut, ...]
+    output_dim: int | None = None
+    attributes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass
+class _Flow:
+    """Where the units of one producer have been followed to."""
+
+    cuts: list[Cut] = field(default_factory=list)
+    output_dim: int | None = None
+    consumed: bool = False
+
+
+def keys_of(module: nn.Module, name: str) -> list[str]:
+    """Names in the state of weight and bias of the layer `name`, as far as it has them."""
+    layer = module.get_submodule(name)
+    return [
+        f"{name}.{part}" for part in ("weight", "bias") if layer._parameters.get(part) is not None
+    ]
+
+
+def find_flow_groups(module: nn.Module) -> list[PruneGroup]:
+    """Find channels and hidden units by following the graph of `module`.
+
+    Offered are outputs of ``Conv2d`` and ``Linear`` layers used once, that reach ``Conv2d`` or
+    ``Linear`` layers (or the output) through activations, pooling, dropout, batch normalisation
+    and flattening only. A module that cannot be traced offers none.
+    """
+    try:
+        graph = module.graph if isinstance(module, fx.GraphModule) else fx.Tracer().trace(module)
+    except Exception:  # whatever a foreign forward raises on proxies: it cannot be followed
+        return []
+    used = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    read_directly = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    groups = []
+    for node in graph.nodes:
+        layer, kind = _layer(module, node), cast(Kind, "channels")
+        if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+            num_units, dim = layer.out_channels, 1
+        elif isinstance(layer, nn.Linear):
+            num_units, dim, kind = layer.out_features, -1, "hidden"
+        else:
+            continue
+        name, flow = str(node.target), _Flow()
+        if used[name] > 1 or not _follow(module, used, node, num_units, dim, flow):
+            continue
+        if not flow.consumed and flow.output_dim is None:
+            continue
+        made = [Cut(key, 0) for key in keys_of(module, name)]
+        if any(cut.key in read_directly for cut in (*made, *flow.cuts)):
+            continue
+        groups.append(
+            PruneGroup(name, kind, num_units, (made[0],), (*made, *flow.cuts), flow.output_dim)
+        )
+    return groups
+
+
+def _follow(
+    module: nn.Module, used: Counter[str], node: fx.Node, num_units: int, dim: int, flow: _Flow
+) -> bool:
+    """Follow units from `node`, lying along `dim` (0 once flattened); False at anything unknown."""
+    return all(_step(module, used, node, user, num_units, dim, flow) for user in node.users)
+
+
+def _step(
+    module: nn.Module,
+    used: Counter[str],
+    node: fx.Node,
+    user: fx.Node,
+    num_units: int,
+    dim: int,
+    flow: _Flow,
+) -> bool:
+    def go_on(new_dim: int) -> bool:
+        return _follow(module, used, user, num_units, new_dim, flow)
+
+    if user.op == "output":
+        flow.output_dim = dim
+        returned = user.args[0] if isinstance(user.args[0], tuple) else (user.args[0],)
+        return dim != FLAT and [i for i, r in enumerate(returned) if r is node] == [0]
+    if user.op == "call_module":
+        layer, name = _layer(module, user), str(user.target)
+        if isinstance(layer, CHANNELWISE):
+            # Pooling is per channel only where the channels are a dimension of their own.
+            return (dim != FLAT or "Pool" not in type(layer).__name__) and go_on(dim)
+        if used[name] > 1:
+            return False
+        if isinstance(layer, nn.BatchNorm2d) and dim == 1:
+            keys = keys_of(module, name)
+            keys += [
+                f"{name}.{k}"
+                for k in ("running_mean", "running_var")
+                if layer._buffers[k] is not None
+            ]
+            flow.cuts += [Cut(key, 0) for key in keys]
+            return go_on(dim)
+        if isinstance(layer, nn.Conv2d) and dim == 1 and layer.groups == 1:
+            flow.cuts.append(Cut(f"{name}.weight", 1))
+            flow.consumed = True
+            return True
+        if isinstance(layer, nn.Linear) and dim in (-1, FLAT) and not layer.in_features % num_units:
+            width = layer.in_features // num_units
+            flow.cuts.append(Cut(f"{name}.weight", 1, width=width))
+            flow.consumed = True
+            return width == 1 or dim == FLAT
+        if isinstance(layer, nn.Flatten):
+            return dim == 1 and (layer.start_dim, layer.end_dim) == (1, -1) and go_on(FLAT)
+        return False
+    if user.target in CHANNELWISE_FUNCTIONS:
+        pools = "pool" in getattr(user.target, "__name__", "")
+        return (dim != FLAT or not pools) and go_on(dim)
+    if user.target in (torch.flatten, "flatten"):
+        start = [*user.args[1:], *user.kwargs.values()]
+        return dim == 1 and start == [1] and "end_dim" not in user.kwargs and go_on(FLAT)
+    if user.target == "size":
+        return user.args[1:] == (0,)
+    if user.target is getattr:
+        return user.args[1:] == ("shape",) and all(_is_batch_size(reader) for reader in user.users)
+    if user.target in ("view", "reshape") and dim == 1:
+        return user.args[2:] == (-1,) and _is_batch_size(user.args[1]) and go_on(FLAT)
+    return False
+
+
+FLAT = 0
+"""Dimension that stands for channels flattened with their pixels: units first, pixels within."""
+
+
+def _layer(module: nn.Module, node: fx.Node) -> nn.Module | None:
+    return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _is_batch_size(value: object) -> bool:
+    """Whether `value` is ``x.size(0)`` or ``x.shape[0]``."""
+    if not isinstance(value, fx.Node) or value.args[1:] != (0,):
+        return False
+    source = value.args[0]
+    of_shape = isinstance(source, fx.Node) and source.target is getattr
+    return value.target == "size" or (value.target is operator.getitem and of_shape)

@@ -1,0 +1,189 @@
+"""Stochastic b-bit quantisation of a tensor, and packing of the codes into bytes."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+MIN_BITS, MAX_BITS = 2, 16
+
+ScalePer = Literal["tensor", "sample", "channel"]
+SCALE_DIM: dict[str, int | None] = {"tensor": None, "sample": 0, "channel": 1}
+
+
+class Quantised(NamedTuple):
+    """Codes and what is needed to read them.
+
+    Attributes
+    ----------
+    codes : Tensor
+        int32, shape of the input; 0 … levels, or -levels … levels if `signed`.
+    scale : Tensor
+        (scales,) float32, the largest magnitude each scale stands for.
+    signed : bool
+        Whether the input had negative values; without them every code is spent on one side.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    signed: bool
+
+
+def check_bits(bits: int) -> None:
+    """Raise ValueError unless `bits` is a whole number from 2 to 16."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits is {bits!r}, expected a whole number from {MIN_BITS} to {MAX_BITS}")
+
+
+def num_levels(bits: int, signed: bool) -> int:
+    """Count the steps between zero and the largest magnitude."""
+    return 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+
+
+def num_scales(shape: tuple[int, ...], scale_per: ScalePer) -> int:
+    """How many scales a tensor of `shape` gets.
+
+    Raises
+    ------
+    ValueError
+        If `shape` lacks the dimension the scales run along.
+    """
+    dim = SCALE_DIM[scale_per]
+    if dim is None:
+        return 1
+    if dim >= len(shape):
+        raise ValueError(
+            f"shape is {tuple(shape)}, expected dimension {dim} for a scale per {scale_per}"
+        )
+    return shape[dim]
+
+
+def quantise(x: Tensor, bits: int, generator: torch.Generator, scale_per: ScalePer) -> Quantised:
+    """Round `x` at random to one of the two nearest steps, so that the mean is `x`.
+
+    Parameters
+    ----------
+    x : Tensor
+        Floating point, on the CPU.
+    bits : int
+        2 to 16.
+    generator : torch.Generator
+        Source of the rounding, on the CPU.
+    scale_per : {"tensor", "sample", "channel"}
+        One scale for all, per index of dim 0, or per index of dim 1.
+
+    Raises
+    ------
+    ValueError
+        If a value is not finite, or too large for float32.
+
+    Notes
+    -----
+    Source: the b-bit stochastic, max-scaled quantiser of DESIGN 5.4; the unsigned case is ours.
+    """
+    values = x.to(torch.float32)
+    num_scales(tuple(x.shape), scale_per)
+    scale = _largest(values.abs(), SCALE_DIM[scale_per])
+    if not torch.isfinite(scale).all():
+        raise ValueError("the tensor has values that are not finite in float32, expected none")
+    signed = bool((values < 0).any())
+    levels = num_levels(bits, signed)
+    divisor = torch.where(scale > 0, scale, torch.ones_like(scale))
+    position = values / _spread(divisor, values.ndim, scale_per) * levels
+    below = torch.floor(position)
+    # Comparing with the fraction, not adding to the position, keeps all random bits at 16 bits.
+    above = torch.rand(values.shape, generator=generator) < position - below
+    codes = (below + above).to(torch.int32).clamp_(-levels, levels)
+    return Quantised(codes, scale, signed)
+
+
+def dequantise(quantised: Quantised, bits: int, scale_per: ScalePer) -> Tensor:
+    """Turn codes back into float32 values of the same shape."""
+    levels = num_levels(bits, quantised.signed)
+    scale = _spread(quantised.scale, quantised.codes.ndim, scale_per)
+    return quantised.codes.to(torch.float32) / levels * scale
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take: ``ceil(count * bits / 8)``."""
+    return -(-count * bits // 8)
+
+
+def pack(codes: NDArray[np.uint16], bits: int) -> NDArray[np.uint8]:
+    """Write codes of `bits` bits one after the other, without gaps.
+
+    Above 8 bits the low bytes of all codes come first, then the packed rest.
+
+    Parameters
+    ----------
+    codes : ndarray
+        (n,) uint16, each below ``2**bits``.
+    bits : int
+        1 to 16.
+
+    Returns
+    -------
+    ndarray
+        (ceil(n * bits / 8),) uint8.
+    """
+    if bits == 8:
+        return codes.astype(np.uint8)
+    if bits > 8:
+        return np.concatenate(
+            [(codes & 0xFF).astype(np.uint8), pack((codes >> 8).astype(np.uint16), bits - 8)]
+        )
+    # Eight codes fill `bits` whole bytes: the low bytes of one 64-bit little-endian word.
+    groups = -(-len(codes) // 8)
+    padded = np.zeros((groups, 8), np.uint16)
+    padded.reshape(-1)[: len(codes)] = codes
+    words = np.zeros(groups, "<u8")
+    for place in range(8):
+        words |= padded[:, place].astype("<u8") << np.uint64(bits * place)
+    packed = words.view(np.uint8).reshape(groups, 8)[:, :bits].reshape(-1)
+    return packed[: packed_size(len(codes), bits)]
+
+
+def unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint16]:
+    """Inverse of `pack`: (count,) uint16.
+
+    Raises
+    ------
+    ValueError
+        If `packed` does not have exactly the bytes of `count` codes.
+    """
+    if len(packed) != packed_size(count, bits):
+        raise ValueError(
+            f"packed codes have {len(packed)} bytes, expected {packed_size(count, bits)} "
+            f"for {count} values of {bits} bits"
+        )
+    if bits == 8:
+        return packed.astype(np.uint16)
+    if bits > 8:
+        high = unpack(packed[count:], bits - 8, count)
+        return packed[:count].astype(np.uint16) | (high << 8).astype(np.uint16)
+    groups = -(-count // 8)
+    padded = np.zeros(groups * bits, np.uint8)
+    padded[: len(packed)] = packed
+    in_words = np.zeros((groups, 8), np.uint8)
+    in_words[:, :bits] = padded.reshape(groups, bits)
+    words = in_words.view("<u8").reshape(groups)
+    codes = np.empty((groups, 8), np.uint16)
+    for place in range(8):
+        codes[:, place] = (words >> np.uint64(bits * place)) & np.uint64(2**bits - 1)
+    return codes.reshape(-1)[:count]
+
+
+def _largest(magnitudes: Tensor, dim: int | None) -> Tensor:
+    """Maximum over all dimensions but `dim`, at least 1-D; zero where there is nothing."""
+    rows = magnitudes.reshape(1, -1) if dim is None else magnitudes.movedim(dim, 0).flatten(1)
+    return rows.amax(dim=1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
+
+
+def _spread(scale: Tensor, ndim: int, scale_per: ScalePer) -> Tensor:
+    """Shape the scales so that they broadcast over a tensor of `ndim` dimensions."""
+    dim = SCALE_DIM[scale_per]
+    return scale.reshape([-1 if i == dim else 1 for i in range(ndim)])
