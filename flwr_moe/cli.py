@@ -1,4 +1,4 @@
-"""The ``flwr-moe`` command: demo, compare, passes and report.
+"""The ``flwr-moe`` command: demo, compare, passes, cuts, report and serve.
 
 Heavy modules are imported by the commands that need them, so that ``--help`` answers at once.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from flwr_moe import cli_passes
+from flwr_moe import cli_cuts, cli_passes, cli_serve
 
 if TYPE_CHECKING:
     from flwr_moe.app.config import Settings
@@ -36,8 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] == ["serve"]:
-            raise ValueError("serve, the tensor exchange of a node, is not in this version yet")
         options = _parser().parse_args(_attach_sites(arguments))
         command: Callable[[argparse.Namespace], int] = options.run
         return command(options)
@@ -103,6 +101,8 @@ def _parser() -> _Parser:
     compare.add_argument("--out", metavar="DIR", help="default: runs/compare")
 
     cli_passes.add_arguments(add("passes", cli_passes.run, "when satellites pass over sites"))
+    cli_cuts.add_arguments(add("cuts", cli_cuts.run, "where a task's model can be split"))
+    cli_serve.add_arguments(add("serve", cli_serve.run, "the tensor exchange of a node"))
 
     report = add("report", _report, "rebuild table and plots from a results folder")
     report.add_argument("folder", metavar="DIR", help="results folder of demo, compare or flwr run")

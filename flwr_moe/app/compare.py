@@ -6,11 +6,13 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
+from flwr_moe.app.build_task import check_task
 from flwr_moe.app.client_app import make_client_app
 from flwr_moe.app.config import Settings
+from flwr_moe.app.emo_system import overlay_nodes
 from flwr_moe.app.engine import simulate
+from flwr_moe.app.links import build_links
 from flwr_moe.app.runner import Progress, run_system, show_progress
-from flwr_moe.app.sites import build_links
 from flwr_moe.report import (
     ResultsFolder,
     RunRecord,
@@ -49,10 +51,11 @@ def run_compare(systems: list[str], settings: Settings, seeds: list[int], out: P
         Before any training, if something does not fit.
     """
     settings = settings.replace(num_clients=settings.num_clients or DEFAULT_CLIENTS)
-    settings.validate_for(settings.num_clients)
     for name in systems:
-        settings.replace(system=name)
-    build_links(settings)
+        settings.replace(system=name).validate_for(settings.num_clients)
+    if settings.links != "real":
+        build_links(settings, settings.num_clients)
+    check_task(settings, systems, settings.num_clients)
     folder = ResultsFolder.create(out)
     horizon_s = settings.horizon_hours * 3600
     runs: list[RunRecord] = []
@@ -66,7 +69,7 @@ def run_compare(systems: list[str], settings: Settings, seeds: list[int], out: P
                 results = write_results(
                     folder,
                     ordered,
-                    settings.to_mapping(),
+                    settings.to_results(),
                     settings.task,
                     settings.links,
                     horizon_s,
@@ -86,5 +89,6 @@ def run_one(
     def main(grid: Grid) -> RunRecord:
         return run_system(grid, name, run, seed, on_progress)
 
-    record: RunRecord = simulate(make_client_app(run), run.num_clients, main)
+    nodes = run.num_clients + overlay_nodes(run)
+    record: RunRecord = simulate(make_client_app(run), nodes, main)
     return record

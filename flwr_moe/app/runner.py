@@ -5,16 +5,23 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
+from flwr_moe.app.build_task import build_task
 from flwr_moe.app.config import Settings
-from flwr_moe.app.sites import build_links
-from flwr_moe.app.systems import build_system, build_task, train_config
+from flwr_moe.app.emo_system import edge_links, overlay_nodes
+from flwr_moe.app.links import build_links
+from flwr_moe.app.local_exchange import exchange_for
+from flwr_moe.app.spec import parse_utc
+from flwr_moe.app.systems import build_system
 from flwr_moe.app.tracker import Tracker
+from flwr_moe.app.tuned import train_config
 from flwr_moe.network import (
+    GatedGrid,
     HorizonReached,
     Links,
     MeteredGrid,
@@ -62,12 +69,14 @@ def run_system(
         If the settings do not fit the number of nodes or the network.
     """
     began = time.monotonic()
-    num_clients = count_nodes(grid, settings.num_clients)
+    overlays = overlay_nodes(settings)
+    expected = settings.num_clients + overlays if settings.num_clients else 0
+    num_clients = count_nodes(grid, expected) - overlays
     settings.validate_for(num_clients)
     # Ray starts its processes from another thread by forking, and a fork while this one is inside
     # BLAS never returns. Once a node has answered, Ray is up: nothing heavy may come before that.
-    call_roll(grid, timeout=START_PATIENCE_S)
-    links = None if settings.links == "real" else build_links(settings)
+    nodes = call_roll(grid, timeout=START_PATIENCE_S)
+    links = None if settings.links == "real" else build_links(settings, num_clients)
     task = build_task(settings, settings.num_clients or num_clients, seed)
     system = build_system(system_name, settings, task, seed)
     last: list[HistoryRow] = []
@@ -77,21 +86,15 @@ def run_system(
             on_progress(now_s, last[-1] if last else None)
 
     horizon_s = settings.horizon_hours * 3600
-    network: SimulatedGrid | MeteredGrid
-    if links is None:
-        network = MeteredGrid(grid, horizon_s=horizon_s, on_advance=advance)
-    else:
-        network = SimulatedGrid(
-            grid,
-            links,
-            horizon_s=horizon_s,
-            steps_per_second=settings.steps_per_second,
-            on_advance=advance,
-        )
+    network = build_network(grid, links, settings, advance)
     tracker = Tracker(
         system_name, seed, network, system.judge, settings.eval_every_minutes * 60, last.append
     )
-    with contextlib.suppress(HorizonReached):
+    with contextlib.ExitStack() as stack:
+        if system.connect is not None:
+            urls = [node.exchange_url for node in nodes.values()]
+            system.connect(*stack.enter_context(exchange_for(settings, system.handlers, urls)))
+        stack.enter_context(contextlib.suppress(HorizonReached))
         system.strategy.start(
             grid=network,
             initial_arrays=ArrayRecord(task.warm_model().state_dict()),
@@ -113,7 +116,7 @@ def run_system(
         "device-seconds": ledger.compute_s,
         "wall-s": time.monotonic() - began,
         "events": dict(ledger.events),
-        **system.report(),
+        **system.report(tracker.arrays),
     }
     weights = {key: array.numpy() for key, array in tracker.arrays.items()}
     return RunRecord(
@@ -124,6 +127,44 @@ def run_system(
         passes=_passes(links, settings),
         uploads=[{"cluster": site, "time-s": at_s} for at_s, site in ledger.arrivals],
         weights={**weights, **system.extra_weights()},
+    )
+
+
+def build_network(
+    grid: Grid, links: Links | None, settings: Settings, on_advance: Callable[[float], None]
+) -> SimulatedGrid | MeteredGrid:
+    """Put the network that the settings describe around Flower's Grid.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's own.
+    links : Links or None
+        What is simulated, or gates real sends (``clock=wall``); None for real links alone.
+    settings : Settings
+        Clock, horizon and speed.
+    on_advance : callable
+        Called with the time, in seconds since the start, when it has moved.
+    """
+    horizon_s = settings.horizon_hours * 3600
+    if links is None:
+        return MeteredGrid(grid, horizon_s=horizon_s, on_advance=on_advance)
+    links = edge_links(links, settings)
+    speed = settings.steps_per_second
+    if settings.clock == "wall":
+        # At the speed of time the pass table holds as it is; a rehearsal begins at its start.
+        since = (datetime.now(UTC) - parse_utc(settings.start)).total_seconds()
+        return GatedGrid(
+            grid,
+            links,
+            start_s=max(since, 0.0) if settings.clock_speed == 1 else 0.0,
+            speed=settings.clock_speed,
+            horizon_s=horizon_s,
+            steps_per_second=speed,
+            on_advance=on_advance,
+        )
+    return SimulatedGrid(
+        grid, links, horizon_s=horizon_s, steps_per_second=speed, on_advance=on_advance
     )
 
 

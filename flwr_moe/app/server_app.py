@@ -25,6 +25,6 @@ def main(grid: Grid, context: Context) -> None:
         run = run_system(grid, settings.system, settings, settings.seed, show)
     folder = ResultsFolder.create(Path(settings.out or "runs/flwr-run"))
     results = write_results(
-        folder, [run], settings.to_mapping(), settings.task, settings.links, horizon_s
+        folder, [run], settings.to_results(), settings.task, settings.links, horizon_s
     )
     print_table(results)

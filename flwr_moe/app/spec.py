@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 Value = str | int | float | bool
 Number = TypeVar("Number", int, float)
@@ -15,6 +16,13 @@ Number = TypeVar("Number", int, float)
 
 class ConfigError(ValueError):
     """A setting, or a combination of settings, that cannot be used."""
+
+
+def setting(default: Value, help: str, key: str = "", **limits: Any) -> Any:
+    """Return a dataclass field that carries its row of the settings table."""
+    return field(
+        default=default, metadata={"spec": {"default": default, "key": key, "help": help, **limits}}
+    )
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,8 @@ class Spec:
         Known values of a string; empty if any string will do.
     available
         Values this version can run; empty if all known ones.
+    or_path
+        What else will do, in words, if a string with a ``/`` or an existing folder does.
     minimum, maximum
         Bounds of a number, both inclusive unless the matching ``open_`` flag is set.
     open_minimum, open_maximum
@@ -46,6 +56,7 @@ class Spec:
     help: str
     choices: tuple[str, ...] = ()
     available: tuple[str, ...] = ()
+    or_path: str = ""
     minimum: float = -math.inf
     maximum: float = math.inf
     open_minimum: bool = False
@@ -77,6 +88,10 @@ class Spec:
         if math.isfinite(self.maximum):
             bounds.append(f"{'below' if self.open_maximum else 'at most'} {self.maximum:g}")
         return " ".join([kind, " and ".join(bounds)]).strip()
+
+    def available_text(self) -> str:
+        """Return what this version accepts, for errors and help."""
+        return ", ".join([*(self.available or self.choices), *filter(None, [self.or_path])])
 
     def _wrong(self, value: object) -> ConfigError:
         return ConfigError(f"{self.key}={value!r}: expected {self.range_text()}")
@@ -115,10 +130,11 @@ class Spec:
                 f"{self.key}={value!r} is unknown{suggest(value, self.choices)}; "
                 f"expected {self.range_text()}"
             )
-        if self.available and value not in self.available:
+        by_path = bool(self.or_path and value) and ("/" in value or Path(value).is_dir())
+        if self.available and value not in self.available and not by_path:
             raise ConfigError(
                 f"{self.key} {value!r} is not available in this version; "
-                f"available: {', '.join(self.available)}"
+                f"available: {self.available_text()}"
             )
         if self.is_time:
             parse_utc(value, self.key)

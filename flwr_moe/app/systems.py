@@ -2,48 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from flwr_moe.app.config import Settings
+from flwr_moe.app.emo_system import build_emo
 from flwr_moe.app.judge import EMSJudge, judge_model
+from flwr_moe.app.personal_judge import after_local_round, judge_clients, judge_personal
+from flwr_moe.app.split_systems import SPLIT_SYSTEMS, build_split
 from flwr_moe.app.tracker import Judge
+from flwr_moe.app.tuned import train_config
+from flwr_moe.exchange.app import Handler
 from flwr_moe.experts import ExpertLayout, median_gamma
-from flwr_moe.strategies import EMSFL, FedAsync, FedBuff
-from flwr_moe.tasks import Digits, Task
-
-UNTIL_CONTACT = 0
-ALWAYS_UNTIL_CONTACT = ("ems-fl", "fedavg-until-pass")
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """Best settings found for one system on the default task (benchmarks/tune.py).
-
-    Attributes
-    ----------
-    learning_rate : float
-        Of the devices' optimiser.
-    local_steps : int
-        Steps per update; :data:`UNTIL_CONTACT` for as many as fit before the next contact.
-    """
-
-    learning_rate: float
-    local_steps: int
-
-
-TUNED = {
-    "ems-fl": Tuned(0.003, UNTIL_CONTACT),
-    "fedavg": Tuned(0.0005, 100),
-    "fedavg-until-pass": Tuned(0.0003, UNTIL_CONTACT),
-    "fedasync": Tuned(0.0001, UNTIL_CONTACT),
-    "fedbuff": Tuned(0.0003, UNTIL_CONTACT),
-}
+from flwr_moe.strategies import EMSFL, FedAsync, FedBuff, FedMoEDA, SplitFed
+from flwr_moe.tasks import Task
 
 
 @dataclass
@@ -60,32 +37,19 @@ class System:
         After the run: extra numbers for ``summary.json``.
     extra_weights : callable
         After the run: arrays to save beside the model.
+    connect : callable, optional
+        Told the address and token of the tensor exchange before the run; None for systems that
+        need no exchange.
+    handlers : mapping
+        What the exchange answers calls with.
     """
 
     strategy: Strategy
     judge: Judge
-    report: Callable[[], dict[str, Any]] = dict
+    report: Callable[[ArrayRecord], dict[str, Any]] = lambda arrays: {}
     extra_weights: Callable[[], dict[str, Any]] = dict
-
-
-def build_task(settings: Settings, num_clients: int, seed: int) -> Task:
-    """Build the task that the settings name."""
-    return Digits(num_clients, settings.num_clusters, settings.num_experts, settings.top_k, seed)
-
-
-def train_config(settings: Settings, system: str, seed: int) -> ConfigRecord:
-    """Tell the devices how to train; settings of 0 become the tuned ones."""
-    tuned = TUNED[system]
-    steps = settings.local_steps or tuned.local_steps
-    return ConfigRecord(
-        {
-            "seed": seed,
-            "learning-rate": settings.learning_rate or tuned.learning_rate,
-            "batch-size": settings.batch_size,
-            "local-steps": UNTIL_CONTACT if system in ALWAYS_UNTIL_CONTACT else steps,
-            "max-local-steps": settings.max_local_steps,
-        }
-    )
+    connect: Callable[[str, str], None] | None = None
+    handlers: Mapping[str, Handler] = field(default_factory=dict)
 
 
 def build_system(name: str, settings: Settings, task: Task, seed: int) -> System:
@@ -96,12 +60,21 @@ def build_system(name: str, settings: Settings, task: Task, seed: int) -> System
     ValueError
         If there is no such system in this version.
     """
+    judge = judge_clients(task) if task.own_tests else judge_model(task)
     if name in ("fedavg", "fedavg-until-pass"):
         nodes = task.num_clients
         strategy: Strategy = FedAvg(
             fraction_evaluate=0.0, min_train_nodes=nodes, min_available_nodes=nodes
         )
-        return System(strategy, judge_model(task))
+        if not task.own_tests:
+            return System(strategy, judge)
+        # Round 0 is nobody's: the local round draws other batches than any round before it.
+        order = ConfigRecord({**train_config(settings, name, seed), "server-round": 0})
+
+        def report(arrays: ArrayRecord) -> dict[str, Any]:
+            return {"after-local-round": after_local_round(task, arrays, order)}
+
+        return System(strategy, judge, report)
     if name == "fedasync":
         strategy = FedAsync(
             settings.fedasync_alpha,
@@ -110,7 +83,7 @@ def build_system(name: str, settings: Settings, task: Task, seed: int) -> System
             evaluate_every=1,
             seed=seed,
         )
-        return System(strategy, judge_model(task))
+        return System(strategy, judge)
     if name == "fedbuff":
         strategy = FedBuff(
             settings.fedbuff_buffer_size,
@@ -118,10 +91,25 @@ def build_system(name: str, settings: Settings, task: Task, seed: int) -> System
             evaluate_every=settings.fedbuff_buffer_size,
             seed=seed,
         )
-        return System(strategy, judge_model(task))
+        return System(strategy, judge)
     if name == "ems-fl":
         return _build_ems_fl(settings, task, seed)
+    if name in ("fedmoe-da", "local"):
+        return _build_personal(name, settings, task, seed)
+    if name in SPLIT_SYSTEMS:
+        return _connected(build_split(name, settings, task, seed), judge)
+    if name == "emo":
+        return _build_emo(settings, task, seed)
     raise ValueError(f"system {name!r} is not available in this version")
+
+
+def _build_emo(settings: Settings, task: Task, seed: int) -> System:
+    strategy, judge = build_emo(settings, task, seed)
+
+    def connect(url: str, token: str) -> None:
+        strategy.exchange_url, strategy.exchange_token = url, token
+
+    return System(strategy, judge, judge.report, judge.extra_weights, connect)
 
 
 def _build_ems_fl(settings: Settings, task: Task, seed: int) -> System:
@@ -146,6 +134,49 @@ def _build_ems_fl(settings: Settings, task: Task, seed: int) -> System:
     return System(
         strategy,
         judge,
-        report=judge.gate_report,
+        report=lambda arrays: judge.gate_report(),
         extra_weights=lambda: strategy.router.arrays() if strategy.router else {},
     )
+
+
+def _build_personal(name: str, settings: Settings, task: Task, seed: int) -> System:
+    """FedMoE-DA, or the same without any exchange: every client on its own."""
+    with torch.device("meta"):
+        layout = ExpertLayout.of(task.build_model())
+    alone = name == "local"
+    head = ("head.",) if settings.fedmoe_da_head == "personal" else ()
+    strategy = FedMoEDA(
+        layout,
+        p=0 if alone else settings.fedmoe_da_p,
+        tau=settings.fedmoe_da_tau,
+        interval=settings.fedmoe_da_interval,
+        gate="local" if alone else settings.fedmoe_da_gate,
+        # Every name begins with nothing: all tensors stay with their clients.
+        personal=("",) if alone else head,
+        relay=settings.fedmoe_da_relay and not alone,
+        exchange_timeout_s=settings.exchange_timeout_s,
+        min_train_nodes=task.num_clients,
+        min_available_nodes=task.num_clients,
+        seed=seed,
+    )
+
+    def connect(url: str, token: str) -> None:
+        strategy.exchange_url, strategy.exchange_token = url, token
+
+    judge = judge_personal(task, lambda: strategy.client_metrics)
+    return System(strategy, judge, connect=None if strategy.relay else connect)
+
+
+def _connected(strategy: SplitFed, judge: Judge) -> System:
+    """Let the exchange of the run serve the server half."""
+
+    def connect(url: str, token: str) -> None:
+        strategy.exchange_url, strategy.exchange_token = url, token
+
+    def report(arrays: ArrayRecord) -> dict[str, Any]:
+        return {
+            "unfinished-rounds": sum(strategy.unfinished.values()),
+            "server-half-batches": strategy.batches,
+        }
+
+    return System(strategy, judge, report, connect=connect, handlers=strategy.handlers)

@@ -11,8 +11,12 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flwr_moe.tasks import Samples, Task, accuracy_and_loss, predict, train_steps
+from flwr_moe.tasks.training import Transform
 
 TaskFn = Callable[[Context], Task]
+
+EVALUATE_OWN = "evaluate-own"
+"""Config key: also test the model, as it is before training, on the client's held-out data."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,15 @@ def train_by_order(
     data: Samples,
     order: TrainOrder,
     trainable: Iterable[nn.Parameter] | None = None,
+    transform: Transform | None = None,
 ) -> float:
     """Train a model in place as a message asks for; the mean loss.
 
     Layers that draw random numbers of their own (dropout) draw them from the order's seed, so
     that a training does not depend on what its process did before.
     """
+    if not len(data):
+        return 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(order.seed)
         return train_steps(
@@ -111,6 +118,7 @@ def train_by_order(
             order.batch_size,
             order.generator,
             trainable,
+            transform,
         )
 
 
@@ -120,6 +128,13 @@ def train_reply(
     """Build a reply of one ArrayRecord and one MetricRecord, as Flower's strategies expect."""
     content = RecordDict({record_key: arrays, "metrics": MetricRecord(dict(metrics))})
     return Message(content, reply_to=message)
+
+
+def _own_test(model: nn.Module, task: Task, partition_id: int) -> dict[str, float | int]:
+    """Test the model that a client has before it trains: the one it would answer with."""
+    own = task.client_test_data(partition_id)
+    accuracy, loss = accuracy_and_loss(predict(model, own.x), own.y) if len(own) else (0.0, 0.0)
+    return {"accuracy": accuracy, "loss": loss, "test-examples": len(own)}
 
 
 def register_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
@@ -142,17 +157,20 @@ def register_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         torch.set_num_threads(1)
         task, partition_id = task_of(context), partition_of(context)
-        order = TrainOrder.of(message.content.config_records["config"], partition_id)
+        config = message.content.config_records["config"]
+        order = TrainOrder.of(config, partition_id)
         model = task.build_model()
         model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
         data = task.train_data(partition_id)
-        loss = train_by_order(model, data, order)
-        return train_reply(
-            message,
-            "arrays",
-            ArrayRecord(model.state_dict()),
-            {"num-examples": len(data), "steps": order.steps, "train-loss": loss},
-        )
+        own = _own_test(model, task, partition_id) if config.get(EVALUATE_OWN, False) else {}
+        loss = train_by_order(model, data, order, transform=getattr(task, "augment", None))
+        metrics: dict[str, float | int] = {
+            "num-examples": len(data),
+            "steps": order.steps,
+            "train-loss": loss,
+            **own,
+        }
+        return train_reply(message, "arrays", ArrayRecord(model.state_dict()), metrics)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:

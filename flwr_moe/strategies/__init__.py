@@ -3,5 +3,8 @@
 from flwr_moe.strategies.ems_fl import EMSFL
 from flwr_moe.strategies.fedasync import FedAsync
 from flwr_moe.strategies.fedbuff import FedBuff
+from flwr_moe.strategies.fedmoe_da import FedMoEDA
+from flwr_moe.strategies.fedsl import FedSL
+from flwr_moe.strategies.splitfed import SplitFed
 
-__all__ = ["EMSFL", "FedAsync", "FedBuff"]
+__all__ = ["EMSFL", "FedAsync", "FedBuff", "FedMoEDA", "FedSL", "SplitFed"]

@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from flwr_moe.tasks.models import DenseClassifier, MoEClassifier
+from flwr_moe.tasks.shares import Indices, check_shares, class_names, hold_out, share_out
 from flwr_moe.tasks.task import Samples
 from flwr_moe.tasks.training import train_steps
 
 Images = NDArray[np.float32]
+
+PARTITIONS = ("domains", "iid", "dirichlet", "conflict")
+"""Names of the ways to share out: by camera, alike, skewed by label, and with clashing names."""
 
 MOUNTINGS: dict[str, Callable[[Images], Images]] = {
     "upright": lambda image: image,
@@ -33,18 +37,27 @@ MOUNTINGS: dict[str, Callable[[Images], Images]] = {
 """What each cluster's camera does to an image (N, 8, 8) with grey values from 0 to 1."""
 
 NUM_TEST, NUM_PUBLIC = 360, 180
+MIN_SHARE, MIN_LIKED_SHARE = 4, 16
+"""Digits every client holds at least, one of four held out; and where the clients are few enough
+for a quarter of their mean share to be that many."""
 D_MODEL, D_HIDDEN = 64, 128
 WARM_STEPS, WARM_MOE_STEPS, WARM_LEARNING_RATE, UPCYCLING_NOISE = 1000, 400, 0.003, 0.1
 
 
 class Digits:
-    """1,797 digits of 8 by 8 pixels, each cluster with its own camera mounting.
+    """1,797 digits of 8 by 8 pixels, by default each cluster with its own camera mounting.
 
-    The images are split once, by seed: 360 for testing, 180 public, 1,257 for training. Every
-    cluster photographs the same training digits with its own mounting and shares them out over
-    its devices. The public share shows its digits under every mounting, and does not say which
-    is which. Test digits are never seen by any device; every cluster is tested on all of them
-    under its own mounting.
+    Partition ``"domains"``: the images are split once, by seed: 360 for testing, 180 public,
+    1,257 for training. Every cluster photographs the same training digits with its own mounting
+    and shares them out over its devices. The public share shows its digits under every mounting,
+    and does not say which is which. Test digits are never seen by any device; every cluster is
+    tested on all of them under its own mounting.
+
+    The other partitions show all images upright. The 180 public digits are the same ones; the
+    other 1,617 are shared out over the clients, each of which holds a quarter of its share out
+    for testing: ``"iid"`` evenly; ``"dirichlet"`` with class proportions of each client's own;
+    ``"conflict"`` evenly, but groups of clients name the classes differently, and no two groups
+    agree on any name. Public digits bear their true names, which are those of group 0.
 
     Parameters
     ----------
@@ -54,11 +67,19 @@ class Digits:
         Of the model.
     seed : int
         Decides the split, the devices' shares and the warm start.
+    partition : str
+        ``"domains"``, ``"iid"``, ``"dirichlet"`` or ``"conflict"``.
+    dirichlet_alpha : float
+        Of ``"dirichlet"``: the smaller, the fewer classes a client has most of its samples in.
+    num_groups : int
+        Of ``"conflict"``: partition p belongs to group p mod groups.
 
     Raises
     ------
     ValueError
-        If there are more clusters than mountings or fewer clients than clusters.
+        If there are more clusters than mountings or fewer clients than clusters, the partition
+        is unknown, alpha is not above 0, or there are more clients than a share of four digits
+        each allows.
 
     Notes
     -----
@@ -69,8 +90,19 @@ class Digits:
     num_classes = 10
 
     def __init__(
-        self, num_clients: int, num_clusters: int, num_experts: int, top_k: int, seed: int
+        self,
+        num_clients: int,
+        num_clusters: int,
+        num_experts: int,
+        top_k: int,
+        seed: int,
+        *,
+        partition: str = "domains",
+        dirichlet_alpha: float = 0.3,
+        num_groups: int = 3,
     ) -> None:
+        if partition not in PARTITIONS:
+            raise ValueError(f"partition is {partition!r}, expected one of {', '.join(PARTITIONS)}")
         if not 1 <= num_clusters <= len(MOUNTINGS):
             raise ValueError(
                 f"num-clusters is {num_clusters}, expected 1 to {len(MOUNTINGS)}: the digits task "
@@ -85,7 +117,16 @@ class Digits:
         self.num_experts = num_experts
         self.top_k = top_k
         self.seed = seed
+        self.partition = partition
+        self.own_tests = partition != "domains"
+        self.dirichlet_alpha = dirichlet_alpha
         self._order = np.random.default_rng([seed, 0]).permutation(len(_images()[1]))
+        self._shared = np.delete(self._order, np.s_[NUM_TEST : NUM_TEST + NUM_PUBLIC])
+        self._dealt = "dirichlet" if partition == "dirichlet" else "iid"
+        if partition != "domains":
+            check_shares(len(self._shared), num_clients, self._dealt, dirichlet_alpha, MIN_SHARE)
+        groups = num_groups if partition == "conflict" else 1
+        self._names = class_names(groups, self.num_classes, seed)
 
     def cluster_of(self, partition_id: int) -> int:
         """Return the cluster of a device."""
@@ -93,24 +134,39 @@ class Digits:
 
     def train_data(self, partition_id: int) -> Samples:
         """Return a device's own photographs."""
-        if not 0 <= partition_id < self.num_clients:
-            raise ValueError(
-                f"partition-id is {partition_id}, expected 0 to {self.num_clients - 1}"
-            )
+        self._check_partition_id(partition_id)
+        if self.partition != "domains":
+            return self._client_data(partition_id)[0]
         cluster, place = partition_id % self.num_clusters, partition_id // self.num_clusters
         devices = len(range(cluster, self.num_clients, self.num_clusters))
         rng = np.random.default_rng([self.seed, 1, cluster])
         share = np.array_split(rng.permutation(self._order[NUM_TEST + NUM_PUBLIC :]), devices)
         return self._photograph(share[place], cluster)
 
+    def client_test_data(self, partition_id: int) -> Samples:
+        """Return a device's held-out digits: its cluster's in ``"domains"``, else its own."""
+        self._check_partition_id(partition_id)
+        if self.partition == "domains":
+            return self._photograph(self._order[:NUM_TEST], self.cluster_of(partition_id))
+        return self._client_data(partition_id)[1]
+
     def public_data(self) -> Samples:
-        """Return the public digits under every mounting."""
+        """Return the public digits under every mounting, or upright if there are none."""
         public = self._order[NUM_TEST : NUM_TEST + NUM_PUBLIC]
+        if self.partition != "domains":
+            return self._photograph(public, 0)
         views = [self._photograph(public, k) for k in range(self.num_clusters)]
         return Samples(torch.cat([v.x for v in views]), torch.cat([v.y for v in views]))
 
     def test_data(self) -> list[Samples]:
-        """Return the test digits once for every mounting."""
+        """Return the test digits once for every mounting, or what each cluster's devices hold."""
+        if self.partition != "domains":
+            parts = [self._client_data(p)[1] for p in range(self.num_clients)]
+            clusters = [parts[k :: self.num_clusters] for k in range(self.num_clusters)]
+            return [
+                Samples(torch.cat([s.x for s in part]), torch.cat([s.y for s in part]))
+                for part in clusters
+            ]
         test = self._order[:NUM_TEST]
         return [self._photograph(test, k) for k in range(self.num_clusters)]
 
@@ -119,16 +175,45 @@ class Digits:
         return MoEClassifier(64, self.num_classes, D_MODEL, D_HIDDEN, self.num_experts, self.top_k)
 
     def warm_model(self) -> MoEClassifier:
-        """Train a dense model on the public share, upcycle it, and train it a little more."""
+        """Return the model that everybody starts from.
+
+        In ``"domains"`` a dense model is trained on the public share, upcycled, and trained a
+        little more. In the other partitions it is a random initialisation, not trained: clients
+        need not agree on what the public share calls a digit. Gates and experts are then drawn
+        apart, so that their cosines tell them apart from the start.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
+            if self.partition != "domains":
+                return self.build_model()
             dense = DenseClassifier(64, self.num_classes, D_MODEL, D_HIDDEN)
             public = self.public_data()
             train_steps(dense, public, WARM_STEPS, WARM_LEARNING_RATE, 32, generator)
             model = dense.upcycled(self.num_experts, self.top_k, UPCYCLING_NOISE, generator)
         train_steps(model, public, WARM_MOE_STEPS, WARM_LEARNING_RATE, 32, generator)
         return model
+
+    def _check_partition_id(self, partition_id: int) -> None:
+        if not 0 <= partition_id < self.num_clients:
+            raise ValueError(
+                f"partition-id is {partition_id}, expected 0 to {self.num_clients - 1}"
+            )
+
+    def _client_data(self, partition_id: int) -> tuple[Samples, Samples]:
+        """Return what a device trains on and what it holds out, under its group's names."""
+        names = torch.from_numpy(self._names[partition_id % len(self._names)])
+        parts = hold_out(self._shared[self._shares[partition_id]], self.seed)
+        train, test = (self._photograph(part, 0) for part in parts)
+        return Samples(train.x, names[train.y]), Samples(test.x, names[test.y])
+
+    @cached_property
+    def _shares(self) -> list[Indices]:
+        labels = _images()[1][self._shared]
+        least = max(MIN_SHARE, min(MIN_LIKED_SHARE, len(labels) // (4 * self.num_clients)))
+        return share_out(
+            labels, self.num_clients, self._dealt, self.dirichlet_alpha, self.seed, least
+        )
 
     def _photograph(self, indices: NDArray[np.int64], cluster: int) -> Samples:
         images, labels = _images()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from flwr_moe.experts import SparseMoE
 from flwr_moe.tasks.task import Samples
+
+Transform = Callable[[Tensor, Generator], Tensor]
+"""Makes other inputs (B, ...) of a batch's inputs, drawing from a generator."""
 
 BALANCE_WEIGHT = 0.01
 """Weight of the load-balance loss (Fedus et al. 2022)."""
@@ -23,6 +26,7 @@ def train_steps(
     batch_size: int,
     generator: torch.Generator,
     trainable: Iterable[nn.Parameter] | None = None,
+    transform: Transform | None = None,
 ) -> float:
     """Train ``model`` in place for a number of steps of Adam on random batches.
 
@@ -38,6 +42,8 @@ def train_steps(
         Draws the batches.
     trainable : iterable of nn.Parameter, optional
         What is trained; the rest is frozen. All parameters by default.
+    transform : callable, optional
+        Applied to the inputs of every batch, such as a random augmentation.
 
     Returns
     -------
@@ -55,8 +61,9 @@ def train_steps(
     total = 0.0
     for _ in range(steps):
         batch = torch.randint(len(data), (batch_size,), generator=generator)
+        x = data.x[batch] if transform is None else transform(data.x[batch], generator)
         optimiser.zero_grad(set_to_none=True)
-        loss = functional.cross_entropy(model(data.x[batch]), data.y[batch])
+        loss = functional.cross_entropy(model(x), data.y[batch])
         for block in balanced:
             loss = loss + BALANCE_WEIGHT * block.load_balance_loss
         loss.backward()

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from flwr_moe.app.config import (
-    AVAILABLE_SYSTEMS,
     SPECS,
     ConfigError,
     Settings,
@@ -16,6 +15,7 @@ from flwr_moe.app.config import (
     parse_utc,
     settings_help,
 )
+from flwr_moe.app.settings_run import SYSTEMS
 
 # The keys the design promises, with the defaults users may rely on.
 PROMISED = {
@@ -112,9 +112,13 @@ def test_settings_are_frozen() -> None:
         ("ems-fl.gate", "linnear", r"'linnear' is unknown \(did you mean linear\?\); .*plain"),
         ("task", 3, r"task=3: expected text"),
         ("start", "tomorrow", r"start='tomorrow': expected an ISO 8601 time"),
-        ("links", "wireless", r"links 'wireless' is not available in this version"),
-        ("partition", "iid", r"partition 'iid' is not available in this version"),
-        ("task", "cifar10", r"task 'cifar10' is not available in this version; available: digits"),
+        ("links", "carrier", r"links='carrier' is unknown; expected one of satellite, wireless"),
+        ("partition", "idd", r"partition='idd' is unknown \(did you mean iid\?\)"),
+        (
+            "wireless.coherence-s",
+            0,
+            r"wireless\.coherence-s=0\.0: expected a number at least 0\.001",
+        ),
     ],
 )
 def test_bad_settings_are_named_in_one_line(key: str, value: object, message: str) -> None:
@@ -128,14 +132,14 @@ def test_inclusive_bounds_are_accepted(key: str, edge: int) -> None:
     assert Settings.from_mapping({key: edge}).to_mapping()[key] == edge
 
 
-def test_known_but_missing_system_says_what_there_is() -> None:
-    for system in AVAILABLE_SYSTEMS:
+def test_an_unknown_system_says_what_there_is() -> None:
+    for system in SYSTEMS:
         assert Settings(system=system).system == system
     with pytest.raises(ConfigError) as caught:
-        Settings(system="emo")
+        Settings(system="fedmoe-ad")
     assert str(caught.value) == (
-        "system 'emo' is not available in this version; available: "
-        "ems-fl, fedavg, fedavg-until-pass, fedasync, fedbuff"
+        "system='fedmoe-ad' is unknown (did you mean fedmoe-da?); expected one of "
+        + ", ".join(SYSTEMS)
     )
 
 
@@ -201,3 +205,9 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
+
+
+def test_results_do_not_tell_the_token() -> None:
+    settings = Settings(exchange_token="secret")
+    assert "secret" not in map(str, settings.to_results().values())
+    assert settings.to_results().keys() == settings.to_mapping().keys()

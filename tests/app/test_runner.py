@@ -15,7 +15,7 @@ from flwr_moe.app.compare import run_compare
 from flwr_moe.app.config import Settings
 from flwr_moe.app.runner import count_nodes, run_system
 from flwr_moe.app.spec import ConfigError
-from flwr_moe.app.systems import TUNED, train_config
+from flwr_moe.app.tuned import TUNED, train_config
 from flwr_moe.report import RunRecord
 from tests.local_grid import LocalGrid
 
@@ -120,6 +120,6 @@ def test_compare_through_flowers_engine_writes_the_results_folder(tmp_path: Path
 def test_compare_refuses_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num-experts"):
         run_compare(["ems-fl"], SMALL.replace(num_experts=1, top_k=1), [0], tmp_path / "out")
-    with pytest.raises(ConfigError, match="available"):
-        run_compare(["emo"], SMALL, [0], tmp_path / "out")
+    with pytest.raises(ConfigError, match="unknown"):
+        run_compare(["emu"], SMALL, [0], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from flwr_moe.app.config import Settings
-from flwr_moe.app.sites import PLACES, build_links, cluster_sites
+from flwr_moe.app.links import build_links
+from flwr_moe.app.sites import PLACES, cluster_sites
 from flwr_moe.app.spec import ConfigError
 from flwr_moe.network import FixedLinks, NodeProfile, SatelliteLinks
 
@@ -38,17 +39,17 @@ def test_a_cluster_without_a_pass_is_named() -> None:
     # Above 61.5 degrees of latitude a 53-degree shell at 550 km is never 25 degrees high.
     settings = Settings(num_clusters=2, sites="48.1,11.6;70,20", horizon_hours=24)
     with pytest.raises(ConfigError, match=r"no pass of delta-4 .* cluster 70,20$"):
-        build_links(settings)
+        build_links(settings, 6)
 
 
 def test_unknown_constellation() -> None:
     with pytest.raises(ConfigError, match=r"constellation: .*delta-5"):
-        build_links(Settings(constellation="delta-5"))
+        build_links(Settings(constellation="delta-5"), 6)
 
 
 def test_links_outlive_the_horizon() -> None:
     # A reply under way at the horizon is late, not lost.
-    links = build_links(Settings(horizon_hours=12))
+    links = build_links(Settings(horizon_hours=12), 6)
     assert isinstance(links, SatelliteLinks)
     node = NodeProfile(1, 0, site=0)
     assert 12 * 3600 < links.next_contact(node, "uplink", 12 * 3600) < 36 * 3600
@@ -56,4 +57,4 @@ def test_links_outlive_the_horizon() -> None:
 
 def test_fixed_links() -> None:
     settings = Settings(links="fixed", fixed_rate_bps=1e6, fixed_delay_s=0.5)
-    assert build_links(settings) == FixedLinks(1e6, 0.5)
+    assert build_links(settings, 6) == FixedLinks(1e6, 0.5)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from flwr_moe.tasks import Digits, accuracy_and_loss, predict, train_steps
+from flwr_moe.tasks import Digits, Samples, accuracy_and_loss, predict, train_steps
 from flwr_moe.tasks import digits as digits_module
 from flwr_moe.tasks.digits import MOUNTINGS
 
@@ -204,6 +204,22 @@ def test_train_steps_trains_what_it_is_told():
     assert changed == {"head.weight", "head.bias"}
     assert loss == pytest.approx(np.log(10), abs=0.5)
     assert train_steps(model, data, 0, 0.01, 16, generator) == 0.0
+
+
+def test_train_steps_trains_on_transformed_inputs():
+    task = make()
+    data, weights = task.train_data(0), []
+    for inputs, transform in (
+        (data.x, None),
+        (data.x, lambda x, generator: 1 - x),
+        (1 - data.x, None),
+    ):
+        torch.manual_seed(0)
+        model = task.build_model()
+        generator = torch.Generator().manual_seed(1)
+        train_steps(model, Samples(inputs, data.y), 3, 0.01, 16, generator, None, transform)
+        weights.append(model.stem.weight.detach())
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
 
 
 def test_training_lowers_the_loss_and_repeats():

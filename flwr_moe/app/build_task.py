@@ -1,0 +1,100 @@
+"""The task that the settings name, and a check of it before anything starts."""
+
+from __future__ import annotations
+
+from flwr_moe.app.config import Settings
+from flwr_moe.app.spec import ConfigError
+from flwr_moe.tasks import Digits, Task
+from flwr_moe.tasks.cifar10 import Cifar10
+
+NEED_EXPERTS = ("ems-fl", "fedmoe-da", "local")
+"""Systems that train single experts of a model."""
+
+
+def build_task(settings: Settings, num_clients: int, seed: int) -> Task:
+    """Build the task that the settings name.
+
+    No data are read yet: whatever processes do so share the decoded images, and each client makes
+    tensors of its own share only.
+
+    Parameters
+    ----------
+    settings : Settings
+        Task, partition and model. Partition ``domains`` exists for digits alone; with images it
+        stands for ``iid``, since it is the default of all tasks.
+    num_clients : int
+        Clients the data are shared out over.
+    seed : int
+        Of all draws.
+
+    Raises
+    ------
+    ValueError
+        If a setting does not fit the task, or its data are not there.
+    """
+    if settings.task == "digits":
+        _check_digits(settings)
+        return Digits(
+            num_clients,
+            settings.num_clusters,
+            settings.num_experts,
+            settings.top_k,
+            seed,
+            partition=settings.partition,
+            dirichlet_alpha=settings.dirichlet_alpha,
+            num_groups=settings.num_groups,
+        )
+    if settings.partition == "conflict":
+        raise ConfigError(
+            f"partition='conflict': task={settings.task!r} has iid and dirichlet, conflict is of "
+            "digits alone"
+        )
+    return Cifar10(
+        settings.data,
+        num_clients,
+        settings.num_clusters,
+        seed,
+        partition="iid" if settings.partition == "domains" else settings.partition,
+        dirichlet_alpha=settings.dirichlet_alpha,
+        model=settings.model or "vgg-small",
+        width=settings.model_width or 1.0,
+        num_train=settings.num_train,
+        num_test=settings.num_test,
+        augment=settings.augment,
+        hub="" if settings.task == "cifar10" else settings.task,
+    )
+
+
+def check_task(settings: Settings, systems: list[str], num_clients: int) -> None:
+    """Build the task and draw what everybody draws, so that what is wrong shows now.
+
+    Images are decoded here for all processes that follow.
+
+    Parameters
+    ----------
+    settings : Settings
+        As for :func:`build_task`.
+    systems : list of str
+        Systems to run.
+    num_clients : int
+        Clients the data are shared out over.
+
+    Raises
+    ------
+    ValueError
+        As :func:`build_task`, or if the data cannot be read or are too few, or a system needs a
+        model with experts and the task's has none.
+    """
+    task = build_task(settings, num_clients, settings.seed)
+    if settings.task != "digits" and (unable := [s for s in systems if s in NEED_EXPERTS]):
+        raise ConfigError(
+            f"system {unable[0]!r} needs a model with experts, task={settings.task!r} has none"
+        )
+    task.public_data(), task.train_data(0), task.test_data()
+
+
+def _check_digits(settings: Settings) -> None:
+    for key in ("model", "model-width", "num-train", "num-test", "augment"):
+        value = settings.to_mapping()[key]
+        if value:
+            raise ConfigError(f"{key}={value!r}: expected none, task='digits' has no such choice")

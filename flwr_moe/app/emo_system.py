@@ -1,0 +1,291 @@
+"""EMO as a system: its overlays, tail, controller and judge, and its ensemble from disk."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import FedAvg, Strategy
+from safetensors.torch import load_file
+from torch import nn
+
+from flwr_moe.app.build_task import build_task
+from flwr_moe.app.config import Settings
+from flwr_moe.app.spec import ConfigError
+from flwr_moe.app.split_systems import CUTS
+from flwr_moe.app.tracker import Verdict
+from flwr_moe.client_apps.overlay import tap_output
+from flwr_moe.network import FixedLinks, Links, NodeProfile
+from flwr_moe.overlay.controller import Controller, Convergence, EveryRound, FixedPeriod
+from flwr_moe.overlay.ensemble import Ensemble
+from flwr_moe.overlay.tails import build_tail
+from flwr_moe.overlay.training import Recipe
+from flwr_moe.report import load_results
+from flwr_moe.split.cut import split_model
+from flwr_moe.strategies import FedAsync
+from flwr_moe.strategies.emo import EMO
+from flwr_moe.tasks import Task, accuracy_and_loss, predict
+
+OVERLAY = "overlay"
+TAIL, WEIGHTS, THRESHOLD = "emo.tail.", "emo.weights", "emo.threshold"
+
+
+def overlay_nodes(settings: Settings) -> int:
+    """How many nodes there are beside the clients: the overlays, if the system has any."""
+    return settings.emo_overlays if settings.system == "emo" else 0
+
+
+def emo_tap(settings: Settings) -> str:
+    """Return the layer whose output is replayed.
+
+    Raises
+    ------
+    ConfigError
+        If neither the settings nor the task name one.
+    """
+    tap = settings.emo_tap or CUTS.get(settings.task, "")
+    if not tap:
+        raise ConfigError(f"emo.tap is empty: expected a layer, task {settings.task} has no tap")
+    return tap
+
+
+def emo_tail(settings: Settings, task: Task) -> nn.Module:
+    """Build the tail that all overlays begin with.
+
+    Raises
+    ------
+    ConfigError
+        If the model has no such tap or the tail does not fit.
+    """
+    model, example = task.warm_model(), task.public_data().x[:1]
+    try:
+        front = split_model(model, emo_tap(settings), example).client
+        return build_tail(
+            tap_output(front, example).shape[1:],
+            task.num_classes,
+            settings.emo_scaling,
+            settings.emo_size,
+            settings.emo_width,
+            settings.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(f"emo.tap={emo_tap(settings)!r}: {error}") from None
+
+
+def emo_controller(settings: Settings) -> Controller:
+    """Build the refresh controller that the settings name."""
+    budget = int(settings.emo_budget_mb * 1e6)
+    if settings.emo_controller == "every-round":
+        return EveryRound(budget)
+    if settings.emo_controller == "fixed":
+        return FixedPeriod(settings.emo_period, budget)
+    shortest = settings.emo_period
+    return Convergence(shortest, 8 * shortest, last_round=settings.num_rounds, budget_bytes=budget)
+
+
+@dataclass(frozen=True)
+class EdgeLinks:
+    """Links of the devices as they are, and wires to the overlays.
+
+    Parameters
+    ----------
+    devices : Links
+        Of all nodes that are no overlays.
+    overlays : Links
+        Of the overlays.
+    """
+
+    devices: Links
+    overlays: Links
+
+    def transfer(self, node: NodeProfile, direction: str, n_bytes: int, start_s: float) -> float:
+        """Return when bytes that are ready at ``start_s`` have arrived."""
+        return self._of(node).transfer(node, direction, n_bytes, start_s)
+
+    def next_contact(self, node: NodeProfile, direction: str, after_s: float) -> float:
+        """Return when the next contact begins."""
+        return self._of(node).next_contact(node, direction, after_s)
+
+    def _of(self, node: NodeProfile) -> Links:
+        return self.overlays if node.role == OVERLAY else self.devices
+
+
+def edge_links(links: Links, settings: Settings) -> Links:
+    """Give the overlays, if there are any, a wire to the server."""
+    if not overlay_nodes(settings):
+        return links
+    return EdgeLinks(links, FixedLinks(settings.emo_backhaul_bps, 0.01))
+
+
+def build_emo(settings: Settings, task: Task, seed: int) -> tuple[EMO, EMOJudge]:
+    """Build the strategy, and its judge.
+
+    Raises
+    ------
+    ConfigError
+        If the settings do not fit the task.
+    """
+    nodes = task.num_clients
+    base: Strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=nodes, min_available_nodes=nodes)
+    if settings.emo_base == "fedasync":
+        base = FedAsync(
+            settings.fedasync_alpha,
+            settings.fedasync_staleness,
+            min_available_nodes=nodes,
+            evaluate_every=nodes,
+            seed=seed,
+        )
+    folder = tempfile.TemporaryDirectory(prefix="flwr-moe-emo-")
+    try:
+        strategy = EMO(
+            base,
+            model=task.warm_model(),
+            tap=emo_tap(settings),
+            tail=emo_tail(settings, task),
+            held_out=task.public_data(),
+            controller=emo_controller(settings),
+            recipe=Recipe(settings.emo_learning_rate, settings.emo_steps),
+            off_load=settings.emo_off_load,
+            batch_size=settings.batch_size,
+            cache_folder=folder.name,
+            exchange_timeout_s=settings.exchange_timeout_s,
+            run_name=f"{settings.task}-{seed}",
+            evaluate_overlays=True,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise ConfigError(f"emo: {error}") from None
+    judge = EMOJudge(task, strategy)
+    # Caches of simulated overlays go when the run's objects do.
+    weakref.finalize(judge, folder.cleanup)
+    return strategy, judge
+
+
+class EMOJudge:
+    """Judge the ensemble as it is, and the small model beside it.
+
+    Parameters
+    ----------
+    task : Task
+        Held-out data.
+    strategy : EMO
+        Has the tails.
+
+    Attributes
+    ----------
+    small : list of float
+        Accuracy of the small model at every verdict.
+    """
+
+    def __init__(self, task: Task, strategy: EMO) -> None:
+        parts = task.test_data()
+        self.x = torch.cat([part.x for part in parts])
+        self.y = torch.cat([part.y for part in parts])
+        self.strategy = strategy
+        self.model = task.build_model()
+        self.small: list[float] = []
+        self.off_loaded = math.nan
+
+    def __call__(self, arrays: ArrayRecord) -> Verdict:
+        """Judge with the tail as it is at this moment."""
+        ensemble = self.strategy.ensemble(arrays)
+
+        def verdict() -> tuple[float, float]:
+            answer = ensemble.answer(self.x)
+            self.small.append(accuracy_and_loss(predict(ensemble.small, self.x), self.y)[0])
+            self.off_loaded = float(answer.off_loaded.double().mean())
+            return accuracy_and_loss(answer.log_probs, self.y)
+
+        return verdict
+
+    def report(self, arrays: ArrayRecord) -> dict[str, Any]:
+        """Return what the overlays did, for ``summary.json``."""
+        return {
+            **self.strategy.report(),
+            "small-accuracy": self.small[-1] if self.small else math.nan,
+            "small-accuracies": self.small,
+            "off-loaded": self.off_loaded,
+        }
+
+    def extra_weights(self) -> dict[str, Any]:
+        """Return the tail, weights and threshold, to be saved beside the small model."""
+        ensemble = self.strategy.ensemble()
+        if not ensemble.tails:
+            return {}
+        state = ensemble.tails[0].state_dict()
+        return {
+            **{TAIL + key: tensor.numpy() for key, tensor in state.items()},
+            WEIGHTS: ensemble.weights,
+            THRESHOLD: torch.tensor(ensemble.threshold).numpy(),
+        }
+
+
+def load_ensemble(
+    folder: Path | str, seed: int = 0, data: str = "", tail: Callable[[], nn.Module] | None = None
+) -> Ensemble:
+    """Build the ensemble that a run of the system ``emo`` has saved.
+
+    Parameters
+    ----------
+    folder : Path or str
+        Results folder.
+    seed : int
+        Which run.
+    data : str
+        Folder with the data set, if it is no longer where it was.
+    tail : callable, optional
+        Builds the tail, where it was none of the built-in ones.
+
+    Returns
+    -------
+    Ensemble
+        ``predict(x)`` gives classes. Without saved tails the small model answers alone.
+
+    Raises
+    ------
+    ResultsError
+        If the folder is none.
+    ValueError
+        If it has no weights of such a run, or they do not fit.
+    """
+    path = Path(folder) / f"weights-emo-seed{seed}.safetensors"
+    settings = Settings.from_mapping(load_results(folder).settings)
+    settings = settings.replace(system="emo", seed=seed, data=data or settings.data)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, expected the weights of a run of emo")
+    saved = load_file(path)
+    task = build_task(settings, settings.num_clients, seed)
+    small = task.build_model()
+    keys = small.state_dict().keys()
+    try:
+        small.load_state_dict({key: saved[key] for key in keys})
+        front = split_model(small, emo_tap(settings)).client
+        if WEIGHTS not in saved:
+            return Ensemble(small, front)
+        made = tail() if tail is not None else emo_tail(settings, task)
+        made.load_state_dict(
+            {key.removeprefix(TAIL): t for key, t in saved.items() if key.startswith(TAIL)}
+        )
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: the saved model does not fit: {error}") from None
+    return Ensemble(small, front, [made], saved[WEIGHTS].numpy(), float(saved[THRESHOLD]))
+
+
+__all__ = [
+    "EMOJudge",
+    "EdgeLinks",
+    "build_emo",
+    "edge_links",
+    "emo_controller",
+    "emo_tail",
+    "emo_tap",
+    "load_ensemble",
+    "overlay_nodes",
+]

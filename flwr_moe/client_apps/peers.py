@@ -1,0 +1,182 @@
+"""A node's experts on the tensor exchange: its own, and those of its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from logging import WARNING
+
+from flwr.app import ConfigRecord, Context
+from torch import Tensor
+
+from flwr_moe.exchange import ExchangeClient, ExchangeError, Unreachable
+from flwr_moe.network.flower_adapter import log
+from flwr_moe.network.nodes import EXCHANGE_URL
+
+Expert = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a node gets at exchanges.
+
+    Attributes
+    ----------
+    token : str
+        For all exchanges of the run.
+    timeout_s : float
+        Seconds without an answer after which an exchange counts as silent.
+    ca_file : str
+        Certificates that those of the exchanges must be signed by; empty for the usual ones.
+    cert_file, key_file : str
+        The node's own certificate and its key, where exchanges ask for one; else empty.
+    """
+
+    token: str
+    timeout_s: float
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+
+    @classmethod
+    def of(cls, context: Context, config: ConfigRecord) -> Access:
+        """Read a message's token and timeout, and the files the node config names."""
+        timeout = config.get("exchange-timeout-s", 5.0)
+        files = [
+            str(context.node_config.get(f"exchange-{kind}", "")) for kind in ("ca", "cert", "key")
+        ]
+        return cls(
+            str(config.get("exchange-token", "")),
+            float(timeout) if isinstance(timeout, int | float) else 5.0,
+            *files,
+        )
+
+
+@lru_cache(maxsize=64)
+def exchange_client(url: str, access: Access) -> ExchangeClient:
+    """Return this process's client for an exchange; its connection is kept open."""
+    return ExchangeClient(
+        url,
+        access.token,
+        timeout_s=access.timeout_s,
+        retries=1,
+        verify=access.ca_file or None,
+        cert=(access.cert_file, access.key_file) if access.cert_file else None,
+    )
+
+
+def own_exchange(context: Context, config: ConfigRecord) -> str:
+    """Return the address of a node's exchange.
+
+    Raises
+    ------
+    ValueError
+        If neither the node config nor the message names one.
+    """
+    url = str(context.node_config.get(EXCHANGE_URL) or config.get(EXCHANGE_URL) or "")
+    if not url:
+        raise ValueError(
+            f"node config '{EXCHANGE_URL}' is not set, expected the address of this node's "
+            "exchange (start one with flwr-moe serve)"
+        )
+    return url
+
+
+class PeerExchange:
+    """Publishes a node's experts and fetches those of others.
+
+    Blobs are named ``r{run}.c{partition}.v{version}.l{layer}.e{expert}``. A version is the round
+    that published it, so that a client that is ahead takes nothing from under one that is behind.
+
+    Parameters
+    ----------
+    context : Context
+        Of the node; ``exchange-url`` of its node config is the address of its own exchange,
+        ``exchange-ca``, ``exchange-cert`` and ``exchange-key`` are files with certificates.
+    config : ConfigRecord
+        Of the message: ``exchange-token``, ``exchange-timeout-s``, and where the node config says
+        nothing ``exchange-url``; ``peers``, ``peer-urls`` and ``peer-versions``.
+    partition_id : int
+        Of the node.
+
+    Raises
+    ------
+    ValueError
+        If there is no exchange to publish to.
+
+    Notes
+    -----
+    Source: ours.
+    """
+
+    def __init__(self, context: Context, config: ConfigRecord, partition_id: int) -> None:
+        self.partition_id = partition_id
+        self.run_id = context.run_id
+        peers, urls = _ints(config, "peers"), config.get("peer-urls", [])
+        versions = _ints(config, "peer-versions")
+        if not isinstance(urls, list) or not len(peers) == len(urls) == len(versions):
+            raise ValueError("'peers', 'peer-urls' and 'peer-versions' differ in length")
+        self._urls = {peer: str(url) for peer, url in zip(peers, urls, strict=True)}
+        self._versions = dict(zip(peers, versions, strict=True))
+        self._urls[partition_id] = own_exchange(context, config)
+        self._access = Access.of(context, config)
+        self._silent: set[str] = set()
+        self.fetched_bytes = 0
+
+    def fetch(self, peer: int, layer: int, expert: int) -> Expert | None:
+        """Return a peer's expert, None if it cannot be had; a silent peer is asked once only."""
+        url = self._urls.get(peer)
+        if not url or url in self._silent:
+            return None
+        try:
+            tensors = self._at(url).get(self._name(peer, self._versions[peer], layer, expert))
+        except (ExchangeError, ValueError) as error:  # ValueError: the peer's address is none
+            if isinstance(error, Unreachable):
+                self._silent.add(url)
+            log(WARNING, "node %d: expert of node %d: %s", self.partition_id, peer, error)
+            return None
+        self.fetched_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+        return tensors
+
+    def own(self, version: int, layer: int, expert: int) -> Expert:
+        """Return the node's own expert as it was published in round ``version``.
+
+        Raises
+        ------
+        ExchangeError
+            If the node's exchange does not answer or has lost it.
+        """
+        return self._mine.get(self._name(self.partition_id, version, layer, expert))
+
+    def publish(
+        self, version: int, experts: Mapping[tuple[int, int], Mapping[str, Tensor]]
+    ) -> None:
+        """Store experts by (layer, expert) at the node's exchange; ExchangeError if it fails."""
+        for (layer, expert), tensors in experts.items():
+            self._mine.put(self._name(self.partition_id, version, layer, expert), dict(tensors))
+
+    def drop(self, keep: Sequence[int]) -> None:
+        """Delete the node's own experts of this run except for some versions."""
+        prefix = f"r{self.run_id}.c{self.partition_id}."
+        kept = tuple(f"{prefix}v{version}." for version in keep)
+        for name in self._mine.names(prefix):
+            if not name.startswith(kept):
+                self._mine.delete(name)
+
+    @property
+    def _mine(self) -> ExchangeClient:
+        return self._at(self._urls[self.partition_id])
+
+    def _at(self, url: str) -> ExchangeClient:
+        return exchange_client(url, self._access)
+
+    def _name(self, partition_id: int, version: int, layer: int, expert: int) -> str:
+        return f"r{self.run_id}.c{partition_id}.v{version}.l{layer}.e{expert}"
+
+
+def _ints(config: ConfigRecord, key: str) -> list[int]:
+    value = config.get(key, [])
+    if not isinstance(value, list):
+        raise ValueError(f"'{key}' is {value!r} in the message, expected a list of numbers")
+    return [int(number) for number in value]

@@ -1,0 +1,308 @@
+"""The replay cache: what devices' tap layers gave, kept to train on again and again."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flwr_moe.exchange import TensorStore
+from flwr_moe.exchange.body import unpack
+from flwr_moe.exchange.store import StoreFull
+from flwr_moe.exchange.store_disk import UNLIMITED
+from flwr_moe.overlay.block import Block, decode
+
+_NAME = re.compile(r"d(\d+)\.v(\d+)\.b(\d+)")
+
+
+class _Key(NamedTuple):
+    """Which block; sorts by age, the oldest version first."""
+
+    version: int
+    device: int
+    part: int
+
+    @property
+    def name(self) -> str:
+        return f"d{self.device}.v{self.version}.b{self.part}"
+
+
+@dataclass
+class _Entry:
+    """What memory keeps of a block; activations stay in the store."""
+
+    labels: NDArray[np.int64]
+    samples: NDArray[np.int64]
+
+
+class ReplayCache:
+    """Activations by device, sample and version, on a `TensorStore`.
+
+    The newest blocks are in memory as far as its budget goes, all are on disk, and rows of those
+    that are on disk alone are read straight from there. What is on disk survives a restart. Where
+    a budget is spent the oldest versions make room for newer ones.
+
+    Parameters
+    ----------
+    folder : Path or str, optional
+        Where activations are kept; without it in memory only.
+    fingerprint : str
+        Of run and model, see `flwr_moe.overlay.block.fingerprint`.
+    shape : sequence of int
+        (C, ...) of one activation.
+    num_classes : int
+        Labels are below it.
+    devices : collection of int
+        Partition ids whose activations are taken.
+    ram_bytes, disk_bytes : int, int or None
+        Byte budgets of the two tiers.
+    versions : int or None
+        Most versions kept of each device; None for as many as the budgets allow.
+    durable : bool
+        As for `TensorStore`.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds activations of another run or model, or a number is out of range.
+    OSError
+        If the folder cannot be used.
+
+    Notes
+    -----
+    Source: a replay cache is EMO's; tiers, budgets and draws are ours. Damaged files are left out
+    and counted; the rest is used.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str | None,
+        *,
+        fingerprint: str,
+        shape: Sequence[int],
+        num_classes: int,
+        devices: Collection[int],
+        ram_bytes: int = 256 * 2**20,
+        disk_bytes: int | None = None,
+        versions: int | None = None,
+        durable: bool = False,
+    ) -> None:
+        if versions is not None and versions < 1:
+            raise ValueError(f"versions is {versions}, expected at least 1")
+        self.fingerprint, self.shape, self.num_classes = fingerprint, tuple(shape), num_classes
+        self.devices, self.versions = frozenset(devices), versions
+        self.latest = 0
+        self.counts: Counter[str] = Counter()
+        self._store = TensorStore(
+            folder, ram_bytes=ram_bytes, disk_bytes=disk_bytes, durable=durable
+        )
+        self._entries: dict[_Key, _Entry] = {}
+        self._index: _Index | None = None
+        for name in self._store.names():
+            self._read_back(name, str(folder))
+
+    def put(self, device: int, version: int, block: Block, part: int = 0) -> int:
+        """Store activations; what was there for the same device, version and part is replaced.
+
+        Parameters
+        ----------
+        device : int
+            Partition id.
+        version : int
+            Number of the refresh, up to ``latest``.
+        block : Block
+            Activations.
+        part : int
+            Counts the blocks of one device and version.
+
+        Returns
+        -------
+        int
+            Bytes stored, 0 if the budget has room for newer versions only.
+
+        Raises
+        ------
+        ValueError
+            If device, version, shape or labels are not what this cache takes, or one block alone
+            is larger than the budget.
+        """
+        if device not in self.devices:
+            known = ", ".join(map(str, sorted(self.devices)))
+            raise ValueError(f"activations of device {device}, expected one of {known}")
+        if not 0 <= version <= self.latest:
+            raise ValueError(f"activations of version {version}, expected 0 to {self.latest}")
+        decode(block.tensors(), block.metadata(""), self.shape, self.num_classes)
+        key = _Key(version, device, part)
+        size = self._store_with_room(key, block)
+        if size:
+            self._entries[key] = _Entry(_copied(block.labels), _copied(block.samples))
+            self._index = None
+            self._drop_surplus(device)
+        return size
+
+    def draw(self, size: int, rng: np.random.Generator, balance: str = "both") -> Batch:
+        """Draw activations with replacement.
+
+        Parameters
+        ----------
+        size : int
+            How many, at least 1.
+        rng : numpy.random.Generator
+            Draws.
+        balance : {"none", "class", "device", "both"}
+            ``class``: every class is as likely; ``device``: every device; ``both``: every class,
+            and within it every device that has it. The rest is uniform over samples and versions.
+
+        Raises
+        ------
+        ValueError
+            If there is nothing to draw from, or an argument is out of range.
+        """
+        if size < 1:
+            raise ValueError(f"size is {size}, expected at least 1")
+        if balance not in BALANCES:
+            raise ValueError(f"balance is {balance!r}, expected one of {', '.join(BALANCES)}")
+        while True:
+            if not self._entries:
+                raise ValueError("the replay cache is empty, expected activations to draw from")
+            index = self._rows()
+            if balance not in index.sums:
+                index.sums[balance] = np.cumsum(_weights(index.labels, index.devices, balance))
+            sums = index.sums[balance]
+            rows = np.searchsorted(sums, rng.random(size) * sums[-1], side="right")
+            rows = np.minimum(rows, len(sums) - 1)
+            x = self._gather(index, rows)
+            if x is not None:
+                break
+        y = torch.from_numpy(index.labels[rows])
+        return Batch(x, y, index.devices[rows], index.versions[rows], index.samples[rows])
+
+    def stats(self) -> dict[str, int]:
+        """Count what is held, and what was lost.
+
+        Returns
+        -------
+        dict of str to int
+            ``activations`` and ``blocks`` held, ``bytes`` of them, ``ram-bytes`` of those in
+            memory; ``damaged`` files left out, ``replaced`` blocks that gave way to newer ones and
+            ``outdated`` blocks that came too late to be stored.
+        """
+        told = self._store.stats()
+        return {
+            "activations": sum(len(entry.labels) for entry in self._entries.values()),
+            "blocks": len(self._entries),
+            "bytes": sum(self._store.size(key.name) for key in self._entries),
+            "ram-bytes": told["ram_bytes"],
+            "damaged": told["damaged"] + self.counts["damaged"],
+            "replaced": self.counts["replaced"],
+            "outdated": self.counts["outdated"],
+        }
+
+    def close(self) -> None:
+        """Let go of the memory; what is on disk stays."""
+        self._store.close()
+
+    def __len__(self) -> int:
+        return sum(len(entry.labels) for entry in self._entries.values())
+
+    # --- inside ----------------------------------------------------------------
+
+    def _read_back(self, name: str, folder: str) -> None:
+        """Take up a block that an earlier process left; damaged ones are counted by the store."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"cache folder {folder}: holds {name!r}, which is no activation block")
+        try:
+            tensors, metadata = unpack(self._store.body(name), UNLIMITED, require_finite=False)
+        except KeyError:
+            return
+        if metadata.get("fingerprint") != self.fingerprint:
+            raise ValueError(
+                f"cache folder {folder} is of another run or model: its fingerprint is "
+                f"{metadata.get('fingerprint')}, expected {self.fingerprint}; use an empty folder"
+            )
+        device, version, part = map(int, match.groups())
+        try:
+            block = decode(tensors, metadata, self.shape, self.num_classes)
+        except ValueError:
+            self.counts["damaged"] += 1
+            self._store.delete(name)
+            return
+        self.latest = max(self.latest, version)
+        self._entries[_Key(version, device, part)] = _Entry(
+            _copied(block.labels), _copied(block.samples)
+        )
+
+    def _store_with_room(self, key: _Key, block: Block) -> int:
+        while True:
+            try:
+                return self._store.put(key.name, block.tensors(), block.metadata(self.fingerprint))
+            except StoreFull as error:
+                older = min(self._entries, default=None)
+                if older is None:
+                    raise ValueError(f"one block is larger than the cache: {error}") from None
+                if older.version >= key.version:
+                    self.counts["outdated"] += 1
+                    return 0
+                self._remove(older)
+
+    def _drop_surplus(self, device: int) -> None:
+        if self.versions is None:
+            return
+        held = sorted({key.version for key in self._entries if key.device == device})
+        for key in [k for k in self._entries if k.device == device]:
+            if key.version in held[: -self.versions]:
+                self._remove(key)
+
+    def _remove(self, key: _Key) -> None:
+        self._store.delete(key.name)
+        del self._entries[key]
+        self.counts["replaced"] += 1
+        self._index = None
+
+    def _rows(self) -> _Index:
+        if self._index is None:
+            keys = sorted(self._entries)
+            entries = [self._entries[key] for key in keys]
+            sizes = [len(entry.labels) for entry in entries]
+            self._index = _Index(
+                keys,
+                np.repeat(np.arange(len(keys)), sizes),
+                np.concatenate([np.arange(n) for n in sizes]),
+                np.concatenate([entry.labels for entry in entries]),
+                np.concatenate([entry.samples for entry in entries]),
+                np.repeat([key.device for key in keys], sizes),
+                np.repeat([key.version for key in keys], sizes),
+            )
+        return self._index
+
+    def _gather(self, index: _Index, rows: NDArray[np.int64]) -> Tensor | None:
+        """Read rows block by block; None if a block turned out to be lost and was left out."""
+        x = torch.empty((len(rows), *self.shape))
+        blocks = index.block_of[rows]
+        for b in np.unique(blocks):
+            key = index.keys[b]
+            try:
+                body = self._store.body(key.name)
+            except KeyError:
+                del self._entries[key]
+                self._index = None
+                return None
+            tensors, metadata = unpack(body, UNLIMITED, require_finite=False)
+            block = Block(**tensors, signed=metadata["signed"] == "1")
+            places = np.flatnonzero(blocks == b)
+            wanted = torch.from_numpy(index.row_of[rows[places]])
+            x[torch.from_numpy(places)] = block.rows(wanted)
+        return x
+
+
+def _copied(numbers: Tensor) -> NDArray[np.int64]:
+    return np.array(numbers.numpy(), dtype=np.int64)

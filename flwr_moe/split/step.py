@@ -1,0 +1,59 @@
+"""Parts of a training step that are the same for both halves, and its work."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from flwr_moe.experts import SparseMoE
+
+BALANCE_WEIGHT = 0.01
+"""Weight of the load-balance loss of expert layers, as in training of the whole model."""
+
+T = TypeVar("T")
+
+
+def counted(step: Callable[[], T]) -> tuple[T, int]:
+    """Run `step` once, and count the floating-point operations of its forward and backward pass.
+
+    Two per multiplication and addition of matrix products, convolutions and attention; nothing
+    else counts, as in :func:`~flwr_moe.split.costs.cut_table`.
+    """
+    with FlopCounterMode(display=False) as counter:
+        result = step()
+    return result, counter.get_total_flops()
+
+
+def step_flops(half: nn.Module, x: Tensor) -> int:
+    """Count one training step of a client half on inputs `x`, on a copy: nothing changes."""
+    twin = copy.deepcopy(half).train()
+
+    def step() -> None:
+        activation = twin(x)[0]
+        activation.backward(torch.ones_like(activation))
+
+    with torch.random.fork_rng(devices=[]):
+        return counted(step)[1]
+
+
+def adam(half: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """Make the optimiser of a half, the same as in training of the whole model."""
+    parameters = [p for p in half.parameters() if p.requires_grad]
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+
+
+def balance_loss(half: nn.Module) -> Tensor | None:
+    """Load-balance loss of the expert layers that a forward pass has just used, if there are."""
+    losses = [m.load_balance_loss for m in half.modules() if isinstance(m, SparseMoE)]
+    return BALANCE_WEIGHT * torch.stack(losses).sum() if losses else None
+
+
+def clip_gradient(half: nn.Module, largest: float) -> None:
+    """Scale a half's gradient down to a norm of `largest`; 0 leaves it as it is."""
+    if largest:
+        torch.nn.utils.clip_grad_norm_(half.parameters(), largest)

@@ -1,0 +1,264 @@
+"""CIFAR-10, or images like it, shared out over clients, and a VGG network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from flwr_moe.tasks.parquet import SPLITS, LabelledImages, hub_images, read_images, split_file
+from flwr_moe.tasks.shares import PARTITIONS, balanced_draw, matching_draw, share_out
+from flwr_moe.tasks.task import Samples
+from flwr_moe.tasks.vgg import VGG
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+"""Of the training images' red, green and blue, on a scale from 0 to 1."""
+
+NUM_PUBLIC, NUM_CLIENT_TEST, MIN_SAMPLES = 500, 500, 32
+SIDE, PADDING = 32, 4
+
+
+class Cifar10:
+    """Ten classes of 32 by 32 colour images, learnt by a VGG network.
+
+    The server's public share is drawn from the training file first, clients share what is left or
+    a part of it. All clusters see the same kind of image: the test images are dealt out to them,
+    so that together they are each tested once. Files are opened at the first call for data.
+
+    Parameters
+    ----------
+    data : str
+        Folder that holds ``cifar10/train.parquet`` and ``cifar10/test.parquet``, or both files.
+    num_clients, num_clusters : int
+        Clients, dealt to the clusters in turn: partition p belongs to cluster p mod clusters.
+    seed : int
+        Decides all draws and the model's start.
+    partition : str
+        ``iid`` or ``dirichlet``, as in :func:`flwr_moe.tasks.shares.share_out`.
+    dirichlet_alpha : float
+        Of the partition ``dirichlet``.
+    model : str
+        Plan of :class:`flwr_moe.tasks.vgg.VGG`.
+    width : float
+        Factor on the model's channels.
+    num_train, num_test : int
+        Images used, equally many of each class, 0 for all.
+    num_public : int
+        Images of the server's public share.
+    augment : bool
+        Whether ``self.augment`` is :func:`crop_and_flip` or None; training loops apply it.
+    hub : str
+        Name of a Hugging Face data set of such images, used in place of ``data``.
+
+    Raises
+    ------
+    ValueError
+        If a setting is out of its range or a file is missing.
+
+    Notes
+    -----
+    Source: Krizhevsky 2009. Every client has at least 32 images.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        num_clients: int,
+        num_clusters: int = 1,
+        seed: int = 0,
+        partition: str = "iid",
+        dirichlet_alpha: float = 0.3,
+        model: str = "vgg-small",
+        width: float = 1.0,
+        num_train: int = 0,
+        num_test: int = 0,
+        num_public: int = NUM_PUBLIC,
+        augment: bool = False,
+        hub: str = "",
+    ) -> None:
+        if num_clusters < 1:
+            raise ValueError(f"num-clusters is {num_clusters}, expected at least 1")
+        if num_clients < num_clusters:
+            raise ValueError(
+                f"num-clients is {num_clients}, expected at least num-clusters = {num_clusters}"
+            )
+        if partition not in PARTITIONS:
+            raise ValueError(f"partition is {partition!r}, expected one of {', '.join(PARTITIONS)}")
+        if partition == "dirichlet" and not 0 < dirichlet_alpha < float("inf"):
+            raise ValueError(f"dirichlet-alpha is {dirichlet_alpha}, expected above 0")
+        for key, value in (("train", num_train), ("test", num_test), ("public", num_public)):
+            if value < 0:
+                raise ValueError(f"num-{key} is {value}, expected at least 0")
+        if 0 < num_train < num_clients * MIN_SAMPLES:
+            raise ValueError(
+                f"num-train is {num_train}, expected 0 or at least {num_clients * MIN_SAMPLES}: "
+                f"each of {num_clients} clients needs {MIN_SAMPLES}"
+            )
+        self.own_tests = False
+        self.num_clients = num_clients
+        self.num_clusters = num_clusters
+        self.seed = seed
+        self.partition = partition
+        self.dirichlet_alpha = dirichlet_alpha
+        self.model = model
+        self.width = width
+        self.num_train = num_train
+        self.num_test = num_test
+        self.num_public = num_public
+        self.augment: Callable[[Tensor, Generator], Tensor] | None = (
+            crop_and_flip if augment else None
+        )
+        self.hub = hub
+        with torch.device("meta"):
+            VGG(model, 10, width)
+        self._files = {} if hub else {split: split_file(data, "cifar10", split) for split in SPLITS}
+
+    @cached_property
+    def num_classes(self) -> int:
+        """Classes: 10, or as many as a data set by name has."""
+        return int(self._images("train").labels.max()) + 1 if self.hub else 10
+
+    def cluster_of(self, partition_id: int) -> int:
+        """Return the cluster of a client."""
+        return partition_id % self.num_clusters
+
+    def train_data(self, partition_id: int) -> Samples:
+        """Return a client's own images (N, 3, 32, 32), normalised."""
+        return self._samples("train", self._share(partition_id))
+
+    def public_data(self) -> Samples:
+        """Return the server's images; no client has them."""
+        return self._samples("train", self._public)
+
+    def test_data(self) -> list[Samples]:
+        """Return every cluster's part of the test images."""
+        shuffled = self._rng(2).permutation(self._test)
+        parts = [np.sort(shuffled[k :: self.num_clusters]) for k in range(self.num_clusters)]
+        return [self._samples("test", part) for part in parts]
+
+    def client_test_data(self, partition_id: int) -> Samples:
+        """Return about 500 test images whose classes are mixed as in the client's own images."""
+        own = self._images("train").labels[self._share(partition_id)]
+        labels = self._images("test").labels
+        rng = self._rng(3, partition_id)
+        drawn = matching_draw(labels, own, NUM_CLIENT_TEST, self.num_classes, rng)
+        return self._samples("test", drawn)
+
+    def build_model(self) -> VGG:
+        """Return a fresh model."""
+        return VGG(self.model, self.num_classes, self.width)
+
+    def warm_model(self) -> VGG:
+        """Return the common start: the same fresh model for the same seed, untrained."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return self.build_model()
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *key])
+
+    def _images(self, split: str) -> LabelledImages:
+        where = self.hub or str(self._files[split])
+        found = hub_images(self.hub, split) if self.hub else read_images(self._files[split])
+        if found.images.shape[1:3] != (SIDE, SIDE):
+            height, width = found.images.shape[1:3]
+            raise ValueError(f"{where}: images are {height} x {width}, expected {SIDE} x {SIDE}")
+        low, high = int(found.labels.min()), int(found.labels.max())
+        if low < 0 or (not self.hub and high > 9):
+            raise ValueError(f"{where}: labels go from {low} to {high}, expected 0 to 9")
+        return found
+
+    def _samples(self, split: str, indices: NDArray[np.int64]) -> Samples:
+        images, labels = self._images(split)
+        return Samples(normalised(images[indices]), torch.from_numpy(np.array(labels[indices])))
+
+    def _share(self, partition_id: int) -> NDArray[np.int64]:
+        if not 0 <= partition_id < self.num_clients:
+            raise ValueError(
+                f"partition-id is {partition_id}, expected 0 to {self.num_clients - 1}"
+            )
+        return self._shares[partition_id]
+
+    @cached_property
+    def _public(self) -> NDArray[np.int64]:
+        labels = self._images("train").labels
+        _check_size("num-public", self.num_public, len(labels) - self.num_clients * MIN_SAMPLES)
+        return balanced_draw(labels, self.num_public, self.num_classes, self._rng(0))
+
+    @cached_property
+    def _test(self) -> NDArray[np.int64]:
+        labels = self._images("test").labels
+        _check_size("num-test", self.num_test, len(labels))
+        size = self.num_test or len(labels)
+        return balanced_draw(labels, size, self.num_classes, self._rng(1))
+
+    @cached_property
+    def _shares(self) -> list[NDArray[np.int64]]:
+        labels = self._images("train").labels
+        rest = np.setdiff1d(np.arange(len(labels)), self._public)
+        _check_size("num-train", self.num_train, len(rest))
+        if self.num_train:
+            drawn = balanced_draw(labels[rest], self.num_train, self.num_classes, self._rng(4))
+            rest = rest[drawn]
+        shares = share_out(
+            labels[rest],
+            self.num_clients,
+            self.partition,
+            self.dirichlet_alpha,
+            self.seed,
+            MIN_SAMPLES,
+        )
+        return [rest[share] for share in shares]
+
+
+def normalised(images: NDArray[np.uint8]) -> Tensor:
+    """Turn images (N, H, W, 3) of bytes into float32 (N, 3, H, W), centred and scaled.
+
+    Parameters
+    ----------
+    images : array of uint8
+        Channels last, as decoded.
+    """
+    x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(255)
+    shape = (1, 3, 1, 1)
+    return x.sub_(torch.tensor(MEAN).view(shape)).div_(torch.tensor(STD).view(shape)).contiguous()
+
+
+def crop_and_flip(x: Tensor, generator: Generator) -> Tensor:
+    """Shift every image by up to 4 pixels and mirror half of them.
+
+    Parameters
+    ----------
+    x : Tensor (B, C, H, W)
+        Normalised images; what is shifted in from outside is 0, the mean colour.
+    generator : torch.Generator
+        Draws shifts and mirrorings, for every image its own.
+
+    Returns
+    -------
+    Tensor (B, C, H, W)
+        New images: crops of the images padded by 4 pixels on each side.
+    """
+    batch, channels, height, width = x.shape
+    padded = functional.pad(x, (PADDING,) * 4)
+    down, right = torch.randint(2 * PADDING + 1, (2, batch, 1), generator=generator)
+    mirrored = torch.randint(2, (batch, 1), generator=generator).bool()
+    columns = torch.arange(width)
+    columns_BW = torch.where(mirrored, width - 1 - columns, columns) + right
+    rows_BH = torch.arange(height) + down
+    return padded[
+        torch.arange(batch)[:, None, None, None],
+        torch.arange(channels)[None, :, None, None],
+        rows_BH[:, None, :, None],
+        columns_BW[:, None, None, :],
+    ]
+
+
+def _check_size(key: str, value: int, most: int) -> None:
+    if value > most:
+        raise ValueError(f"{key} is {value}, expected at most {max(most, 0)} with this data")
