@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,28 +17,9 @@ from flwr_moe.exchange.body import unpack
 from flwr_moe.exchange.store import StoreFull
 from flwr_moe.exchange.store_disk import UNLIMITED
 from flwr_moe.overlay.block import Block, decode
+from flwr_moe.overlay.draws import Batch, Entry, Key, Rows
 
 _NAME = re.compile(r"d(\d+)\.v(\d+)\.b(\d+)")
-
-
-class _Key(NamedTuple):
-    """Which block; sorts by age, the oldest version first."""
-
-    version: int
-    device: int
-    part: int
-
-    @property
-    def name(self) -> str:
-        return f"d{self.device}.v{self.version}.b{self.part}"
-
-
-@dataclass
-class _Entry:
-    """What memory keeps of a block; activations stay in the store."""
-
-    labels: NDArray[np.int64]
-    samples: NDArray[np.int64]
 
 
 class ReplayCache:
@@ -104,8 +83,8 @@ class ReplayCache:
         self._store = TensorStore(
             folder, ram_bytes=ram_bytes, disk_bytes=disk_bytes, durable=durable
         )
-        self._entries: dict[_Key, _Entry] = {}
-        self._index: _Index | None = None
+        self._entries: dict[Key, Entry] = {}
+        self._index: Rows | None = None
         for name in self._store.names():
             self._read_back(name, str(folder))
 
@@ -140,10 +119,10 @@ class ReplayCache:
         if not 0 <= version <= self.latest:
             raise ValueError(f"activations of version {version}, expected 0 to {self.latest}")
         decode(block.tensors(), block.metadata(""), self.shape, self.num_classes)
-        key = _Key(version, device, part)
+        key = Key(version, device, part)
         size = self._store_with_room(key, block)
         if size:
-            self._entries[key] = _Entry(_copied(block.labels), _copied(block.samples))
+            self._entries[key] = Entry(_copied(block.labels), _copied(block.samples))
             self._index = None
             self._drop_surplus(device)
         return size
@@ -166,19 +145,13 @@ class ReplayCache:
         ValueError
             If there is nothing to draw from, or an argument is out of range.
         """
-        if size < 1:
-            raise ValueError(f"size is {size}, expected at least 1")
-        if balance not in BALANCES:
-            raise ValueError(f"balance is {balance!r}, expected one of {', '.join(BALANCES)}")
         while True:
             if not self._entries:
                 raise ValueError("the replay cache is empty, expected activations to draw from")
-            index = self._rows()
-            if balance not in index.sums:
-                index.sums[balance] = np.cumsum(_weights(index.labels, index.devices, balance))
-            sums = index.sums[balance]
-            rows = np.searchsorted(sums, rng.random(size) * sums[-1], side="right")
-            rows = np.minimum(rows, len(sums) - 1)
+            if self._index is None:
+                self._index = Rows(self._entries)
+            index = self._index
+            rows = index.draw(size, rng, balance)
             x = self._gather(index, rows)
             if x is not None:
                 break
@@ -237,11 +210,11 @@ class ReplayCache:
             self._store.delete(name)
             return
         self.latest = max(self.latest, version)
-        self._entries[_Key(version, device, part)] = _Entry(
+        self._entries[Key(version, device, part)] = Entry(
             _copied(block.labels), _copied(block.samples)
         )
 
-    def _store_with_room(self, key: _Key, block: Block) -> int:
+    def _store_with_room(self, key: Key, block: Block) -> int:
         while True:
             try:
                 return self._store.put(key.name, block.tensors(), block.metadata(self.fingerprint))
@@ -262,29 +235,13 @@ class ReplayCache:
             if key.version in held[: -self.versions]:
                 self._remove(key)
 
-    def _remove(self, key: _Key) -> None:
+    def _remove(self, key: Key) -> None:
         self._store.delete(key.name)
         del self._entries[key]
         self.counts["replaced"] += 1
         self._index = None
 
-    def _rows(self) -> _Index:
-        if self._index is None:
-            keys = sorted(self._entries)
-            entries = [self._entries[key] for key in keys]
-            sizes = [len(entry.labels) for entry in entries]
-            self._index = _Index(
-                keys,
-                np.repeat(np.arange(len(keys)), sizes),
-                np.concatenate([np.arange(n) for n in sizes]),
-                np.concatenate([entry.labels for entry in entries]),
-                np.concatenate([entry.samples for entry in entries]),
-                np.repeat([key.device for key in keys], sizes),
-                np.repeat([key.version for key in keys], sizes),
-            )
-        return self._index
-
-    def _gather(self, index: _Index, rows: NDArray[np.int64]) -> Tensor | None:
+    def _gather(self, index: Rows, rows: NDArray[np.int64]) -> Tensor | None:
         """Read rows block by block; None if a block turned out to be lost and was left out."""
         x = torch.empty((len(rows), *self.shape))
         blocks = index.block_of[rows]

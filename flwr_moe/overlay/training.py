@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flwr_moe.overlay.cache import Batch
+from flwr_moe.overlay.draws import Batch
 
 WARM_UP = 0.1
 Draw = Callable[[int, np.random.Generator, str], Batch]

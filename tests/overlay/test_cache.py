@@ -192,6 +192,7 @@ def test_empty_and_bad_draws_and_budgets_say_so() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="empty"):
         cache.draw(1, rng)
+    cache.put(0, 0, block([0]))
     with pytest.raises(ValueError, match="size is 0"):
         cache.draw(0, rng)
     with pytest.raises(ValueError, match="balance is 'fair', expected one of none, class"):
