@@ -8,11 +8,12 @@ from flwr.serverapp import Grid
 
 from flwr_moe.app.build_task import check_task
 from flwr_moe.app.client_app import make_client_app
-from flwr_moe.app.config import Settings
+from flwr_moe.app.config import ConfigError, Settings
 from flwr_moe.app.emo_system import overlay_nodes
 from flwr_moe.app.engine import simulate
 from flwr_moe.app.links import build_links
 from flwr_moe.app.runner import Progress, run_system, show_progress
+from flwr_moe.app.settings_network import LINKS
 from flwr_moe.report import (
     ResultsFolder,
     RunRecord,
@@ -50,11 +51,15 @@ def run_compare(systems: list[str], settings: Settings, seeds: list[int], out: P
     ConfigError
         Before any training, if something does not fit.
     """
+    if settings.links == "real":
+        raise ConfigError(
+            "links='real': compare simulates the network, expected one of "
+            + ", ".join(links for links in LINKS if links != "real")
+        )
     settings = settings.replace(num_clients=settings.num_clients or DEFAULT_CLIENTS)
     for name in systems:
         settings.replace(system=name).validate_for(settings.num_clients)
-    if settings.links != "real":
-        build_links(settings, settings.num_clients)
+    build_links(settings, settings.num_clients)
     check_task(settings, systems, settings.num_clients)
     folder = ResultsFolder.create(out)
     horizon_s = settings.horizon_hours * 3600

@@ -156,7 +156,6 @@ def build_emo(settings: Settings, task: Task, seed: int) -> tuple[EMO, EMOJudge]
             batch_size=settings.batch_size,
             cache_folder=folder.name,
             exchange_timeout_s=settings.exchange_timeout_s,
-            run_name=f"{settings.task}-{seed}",
             evaluate_overlays=True,
             seed=seed,
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from flwr_moe.app.spec import setting
 
 LINKS = ("satellite", "wireless", "fixed", "trace", "real")
+LOOPBACK = "127.0.0.1:0"
+"""Where an exchange listens that is for nodes of the same machine: any free port."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,21 @@ class NetworkSettings:
         open_minimum=True,
     )
     exchange_url: str = setting(
-        "", "tensor exchange of nodes whose node config names none; empty: one in this process"
+        "",
+        "tensor exchange of nodes whose node config names none; for one in the ServerApp its "
+        "address as nodes reach it; empty: one in the ServerApp",
     )
     exchange_token: str = setting("", "token of the exchanges; empty: a random one")
     exchange_timeout_s: float = setting(
         5.0, "seconds after which an exchange counts as silent", minimum=0, open_minimum=True
+    )
+    exchange_listen: str = setting(
+        LOOPBACK, "HOST:PORT of an exchange in the ServerApp; as it is, for nodes on its machine"
+    )
+    exchange_ssl_certfile: str = setting("", "its certificate chain as PEM, for TLS")
+    exchange_ssl_keyfile: str = setting("", "its key as PEM")
+    exchange_ssl_ca_certfile: str = setting(
+        "", "nodes must show it a certificate signed by these, PEM; empty: the token will do"
     )
     constellation: str = setting("delta-4", "satellites: name of a preset")
     sites: str = setting(

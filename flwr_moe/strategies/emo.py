@@ -74,8 +74,8 @@ class EMO(Strategy):
     exchange_url, exchange_token, exchange_timeout_s : str, str, float
         As for FedMoEDA.
     run_name : str
-        Tells this run's activations from those of others in the same folders and exchanges; it
-        may be kept to go on with a cache after a restart.
+        Tells this run's activations from those of others in the same folders and exchanges;
+        Flower's run id by default.
     evaluate_overlays : bool
         Whether ``evaluate_fn`` is also called when tails have changed; the result does not hold
         what it returns then.
@@ -117,7 +117,7 @@ class EMO(Strategy):
         exchange_url: str = "",
         exchange_token: str = "",
         exchange_timeout_s: float = 10.0,
-        run_name: str = "0",
+        run_name: str = "",
         evaluate_overlays: bool = False,
         seed: int = 0,
     ) -> None:
@@ -149,7 +149,8 @@ class EMO(Strategy):
         self.cache_folder, self.batch_size = cache_folder, batch_size
         self.exchange_url, self.exchange_token = exchange_url, exchange_token
         self.exchange_timeout_s = exchange_timeout_s
-        self.run_name, self.evaluate_overlays, self.seed = run_name, evaluate_overlays, seed
+        self.given_name = self.run_name = run_name
+        self.evaluate_overlays, self.seed = evaluate_overlays, seed
         self.run: EMORun | None = None
 
     @property
@@ -214,6 +215,7 @@ class EMO(Strategy):
         """
         if not isinstance(grid, SimulatedGrid | MeteredGrid):
             grid = MeteredGrid(grid, patience_s=min(timeout, 300.0))
+        self.run_name = self.given_name or str(grid.run.run_id)
         self.run = run = EMORun(self, EventLoop(grid, timeout))
         run.arrays = initial_arrays
         devices: Grid = (

@@ -5,91 +5,33 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from logging import INFO, WARNING
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from torch import Tensor
 
-from flwr_moe.client_apps.overlay import (
-    ACTIVATIONS,
-    CONFIG,
-    FRONT,
-    OVERLAY_TYPE,
-    TAIL,
-    recipe_config,
-)
+from flwr_moe.client_apps.overlay import OVERLAY_TYPE
 from flwr_moe.network import MESSAGE_TTL_S, HorizonReached, NodeProfile
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.network.nodes import EXCHANGE_URL
 from flwr_moe.network.traffic import ACTIVATION_BYTES
 from flwr_moe.overlay.controller import Decision, History
 from flwr_moe.overlay.training import average
 from flwr_moe.strategies.emo_grid import devices_of
+from flwr_moe.strategies.emo_orders import (
+    MOST_FAILURES,
+    Overlay,
+    Sent,
+    activation_order,
+    training_order,
+)
 from flwr_moe.strategies.events import EventLoop
 
 if TYPE_CHECKING:
     from flwr_moe.strategies.emo import EMO
 
 OVERLAY = "overlay"
-MOST_FAILURES = 3
 TRAINED_TAIL = "trained-tail"
-
-
-@dataclass
-class Overlay:
-    """What the server knows of one overlay.
-
-    Attributes
-    ----------
-    node : NodeProfile
-        Its node.
-    stored : dict of int to int
-        Newest version of each device's activations that it has been sent.
-    asked : int
-        Devices that were asked to send to it at its first refresh.
-    steps, reports : int
-        Training steps, and tails that came back.
-    failures : int
-        Orders in a row that came to nothing.
-    busy : bool
-        Whether an order is under way.
-    tail : mapping, optional
-        The tail it reported and that has not been averaged yet.
-    since_s, took_s : float
-        When it reported that, and how long its order took.
-    weight : float
-        Activations it trains on.
-    """
-
-    node: NodeProfile
-    stored: dict[int, int] = field(default_factory=dict)
-    asked: int = 0
-    steps: int = 0
-    orders: int = 0
-    failures: int = 0
-    busy: bool = False
-    tail: Mapping[str, Tensor] | None = None
-    since_s: float = 0.0
-    took_s: float = 0.0
-    weight: float = 0.0
-    next_tail: Mapping[str, Tensor] | None = None
-
-    @property
-    def in_reach(self) -> bool:
-        """Whether it is worth asking."""
-        return self.failures < MOST_FAILURES
-
-
-@dataclass(frozen=True)
-class _Sent:
-    """A message that is under way."""
-
-    overlay: int
-    device: int | None
-    version: int
-    at_s: float
 
 
 class EMORun:
@@ -130,8 +72,9 @@ class EMORun:
         self.tail: Mapping[str, Tensor] = emo.tail.state_dict()
         self.counts: Counter[str] = Counter()
         self.history: list[dict[str, float]] = []
-        self._outbox: list[tuple[Message, _Sent]] = []
-        self._open: dict[str, _Sent] = {}
+        self._costs: dict[int, int] = {}
+        self._outbox: list[tuple[Message, Sent]] = []
+        self._open: dict[str, Sent] = {}
         self._last_version: int | None = None
         self._warned = False
         self.on_tail: Callable[[], None] = lambda: None
@@ -168,8 +111,10 @@ class EMORun:
                 self._failed(sent)
             elif sent.device is not None:
                 told = metrics.get(ACTIVATION_BYTES, 0)
-                self.activation_bytes += int(told) if isinstance(told, int | float) else 0
+                self._costs[sent.device] = int(told) if isinstance(told, int | float) else 0
+                self.activation_bytes += self._costs[sent.device]
                 self.overlays[sent.overlay].stored[sent.device] = sent.version
+                self.overlays[sent.overlay].unsent = 0
             else:
                 self._take_training(self.overlays[sent.overlay], sent, content, metrics)
         if replies:
@@ -223,18 +168,21 @@ class EMORun:
     # --- inside ----------------------------------------------------------------
 
     def _history(self) -> History:
-        done = len(self.refreshed)
-        profiles = devices_of(self.loop.grid.profiles())
-        next_bytes = sum(node.num_examples for node in profiles.values()) * self.emo.sample_bytes
-        if done and self.activation_bytes:
-            next_bytes = self.activation_bytes // done
-        return History(self.scores, self.refreshed, self.activation_bytes, next_bytes)
+        under_way = [*self._open.values(), *(sent for _, sent in self._outbox)]
+        spent = self.activation_bytes + sum(sent.cost_bytes for sent in under_way)
+        devices = devices_of(self.loop.grid.profiles()).values()
+        return History(self.scores, self.refreshed, spent, sum(map(self._cost_of, devices)))
+
+    def _cost_of(self, device: NodeProfile) -> int:
+        """Bytes of a device's activations: as last time, else as it has examples."""
+        expected = device.num_examples * self.emo.sample_bytes
+        return self._costs.get(device.partition_id, expected)
 
     def _find_overlays(self) -> list[int]:
         """Overlays in reach, by partition id."""
         for node in self.loop.grid.profiles().values():
             if node.role == OVERLAY and node.partition_id not in self.overlays:
-                self.overlays[node.partition_id] = Overlay(node, next_tail=self.tail)
+                self.overlays[node.partition_id] = Overlay(node, self.tail)
         found = sorted(p for p, overlay in self.overlays.items() if overlay.in_reach)
         if not found and not self._warned:
             self._warned = True
@@ -258,48 +206,24 @@ class EMORun:
             if node.partition_id in at_work:
                 self.counts["device-busy"] += 1
                 continue
-            order = ConfigRecord(
-                {
-                    **self._order_base(home),
-                    "version": self.version,
-                    "tap": self.emo.tap,
-                    EXCHANGE_URL: self.overlays[home].node.exchange_url or self.emo.exchange_url,
-                    "seconds-per-sample": 1 / (node.steps_per_second * self.emo.batch_size),
-                }
-            )
-            content = RecordDict({ACTIVATIONS: order, FRONT: front})
-            sent = _Sent(home, node.partition_id, self.version, self.loop.now)
+            overlay = self.overlays[home]
+            content = activation_order(self.emo, overlay, node, self.version, front)
+            cost = self._cost_of(node)
+            sent = Sent(home, node.partition_id, self.version, self.loop.now, cost)
             self._queue(node.node_id, MessageType.TRAIN, content, sent)
 
     def _order_overlays(self) -> None:
+        ready = {home: overlay for home, overlay in self.overlays.items() if overlay.ready}
+        if not ready:
+            return
         devices = [n.partition_id for n in devices_of(self.loop.grid.profiles()).values()]
-        for home, overlay in self.overlays.items():
+        for home, overlay in ready.items():
             steps = min(self.emo.local_steps, self._allowed_steps() - overlay.steps)
-            ready = overlay.stored and 2 * len(overlay.stored) >= overlay.asked
-            if overlay.busy or overlay.tail or not overlay.in_reach or not ready or steps < 1:
+            if steps < 1:
                 continue
             overlay.busy = True
-            last = overlay.steps + steps >= self.emo.recipe.total_steps
-            order: dict[str, Any] = {
-                **self._order_base(home),
-                **recipe_config(self.emo.recipe),
-                "shape": list(self.emo.shape),
-                "num-classes": self.emo.num_classes,
-                "devices": devices,
-                "told": [overlay.stored.get(device, 0) for device in devices],
-                "latest": self.version,
-                "ram-bytes": self.emo.ram_bytes,
-                "disk-bytes": self.emo.disk_bytes,
-                "versions": self.emo.versions,
-                "cache-folder": self.emo.cache_folder,
-                "local-steps": steps,
-                "report": last or (overlay.orders + 1) % self.emo.average_every == 0,
-                EXCHANGE_URL: self.emo.exchange_url,
-            }
-            content = RecordDict({CONFIG: ConfigRecord(order)})
-            if overlay.next_tail is not None:
-                content[TAIL] = ArrayRecord(dict(overlay.next_tail))
-            sent = _Sent(home, None, self.version, self.loop.now)
+            content = training_order(self.emo, overlay, devices, self.version, steps)
+            sent = Sent(home, None, self.version, self.loop.now)
             self._queue(overlay.node.node_id, OVERLAY_TYPE, content, sent)
 
     def _allowed_steps(self) -> int:
@@ -311,21 +235,12 @@ class EMORun:
             return total
         return int(total * self.emo.share_before_last)
 
-    def _order_base(self, home: int) -> dict[str, str | int | float]:
-        return {
-            "mailbox": f"r{self.emo.run_name}.o{home}.",
-            "fingerprint": self.emo.fingerprint,
-            "seed": self.emo.seed,
-            "exchange-token": self.emo.exchange_token,
-            "exchange-timeout-s": self.emo.exchange_timeout_s,
-        }
-
-    def _queue(self, node_id: int, message_type: str, content: RecordDict, sent: _Sent) -> None:
+    def _queue(self, node_id: int, message_type: str, content: RecordDict, sent: Sent) -> None:
         message = Message(content, node_id, message_type, ttl=MESSAGE_TTL_S)
         self._outbox.append((message, sent))
 
     def _take_training(
-        self, overlay: Overlay, sent: _Sent, content: RecordDict, metrics: MetricRecord
+        self, overlay: Overlay, sent: Sent, content: RecordDict, metrics: MetricRecord
     ) -> None:
         overlay.busy, overlay.failures, overlay.next_tail = False, 0, None
         overlay.orders += 1
@@ -368,21 +283,18 @@ class EMORun:
         waits = [o.since_s + o.took_s for o in self.overlays.values() if o.tail is not None]
         return min(waits, default=math.inf) if self._awaited() else math.inf
 
-    def _failed(self, sent: _Sent) -> None:
+    def _failed(self, sent: Sent) -> None:
+        overlay = self.overlays[sent.overlay]
+        was_in_reach = overlay.in_reach
         if sent.device is not None:
             self.counts["device-failed"] += 1
-            return
-        overlay = self.overlays[sent.overlay]
-        overlay.busy = False
-        overlay.failures += 1
-        self.counts["overlay-failed"] += 1
-        if not overlay.in_reach:
-            log(
-                WARNING,
-                "EMO: overlay %d failed %d times in a row and is left out",
-                sent.overlay,
-                MOST_FAILURES,
-            )
+            overlay.unsent += 1
+        else:
+            self.counts["overlay-failed"] += 1
+            overlay.busy = False
+            overlay.failures += 1
+        if was_in_reach and not overlay.in_reach:
+            log(WARNING, "EMO: overlay %d failed too often and is left out", sent.overlay)
 
     def _give_up(self) -> None:
         """Nothing under way will ever be answered."""

@@ -21,7 +21,13 @@ from flwr_moe.client_apps.split import SPLIT_STEPS, SPLIT_TRAIN
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.exchange.app import Handler
 from flwr_moe.exchange.request import Refused
-from flwr_moe.network import MESSAGE_TTL_S, MeteredGrid, SimulatedGrid, check_reply
+from flwr_moe.network import (
+    MESSAGE_TTL_S,
+    HorizonReached,
+    MeteredGrid,
+    SimulatedGrid,
+    check_reply,
+)
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import EXCHANGE_URL, NodeProfile
 from flwr_moe.split.codecs import Chain, Role, cut_codecs
@@ -85,7 +91,9 @@ class SplitFed(FedAvg):
     Source: SplitFed, versions 1 and 2. The number of batches is the ``train_config``'s
     ``local-steps``. The arrays of the result, and those that are evaluated, are the whole model as
     of the last average of the client halves, under its own names. A client that fails in
-    mid-round costs the batches it did not do. With copies and an interval of 1 the result is that
+    mid-round costs the batches it did not do. ``min_available_nodes`` are waited for before the
+    first round; later rounds go on with the nodes that are left, and with those that have joined.
+    With copies and an interval of 1 the result is that
     of FedAvg on the whole model.
     """
 
@@ -198,7 +206,7 @@ class SplitFed(FedAvg):
             if not self.exchange_url:
                 # Simulated nodes have all been started when they have answered: a process that
                 # is forked while a server's threads run may hang.
-                self._wait(grid)
+                self._wait(grid, self.min_available_nodes)
                 self._address = stack.enter_context(_local_exchange(self.handlers))
             return super().start(
                 grid if self.server == "copies" else InTurn(grid),
@@ -217,7 +225,8 @@ class SplitFed(FedAvg):
     ) -> Iterable[Message]:
         """Open the round at the server half, and write every sampled client's order."""
         network = self._network
-        nodes = self._sample(list(self._wait(network).values()))
+        least = self.min_available_nodes if server_round == 1 else 1
+        nodes = self._sample(list(self._wait(network, least).values()))
         self._steps = _steps(config)
         self._running.begin_round(
             server_round,
@@ -327,8 +336,10 @@ class SplitFed(FedAvg):
     def _averages(self, server_round: int) -> bool:
         return server_round % self.interval == 0 or server_round == self._last_round
 
-    def _wait(self, network: SimulatedGrid | MeteredGrid) -> dict[int, NodeProfile]:
-        while len(list(network.grid.get_node_ids())) < self.min_available_nodes:
+    def _wait(self, network: SimulatedGrid | MeteredGrid, least: int) -> dict[int, NodeProfile]:
+        while len(list(network.grid.get_node_ids())) < least:
+            if network.now >= network.horizon_s:
+                raise HorizonReached
             time.sleep(0.2)
         return network.profiles()
 
