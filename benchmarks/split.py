@@ -44,11 +44,12 @@ from flwr_moe.split.protocol import HANDLER, agreement
 from flwr_moe.split.prune import shrink
 from flwr_moe.split.prune_choice import choose_kept, find_groups
 from flwr_moe.split.session import SplitSession
-from flwr_moe.split.step import adam
+from flwr_moe.split.step import adam, quick_layout
 from flwr_moe.split.wire import shape_text
 from flwr_moe.tasks.vgg import VGG
 
 BAR, CLIENT_BAR = 1.25, 0.7
+RATES = (0.25, 0.4, 0.5)
 TOKEN = "benchmark"
 STEPS_OF_A_ROUND = 10_000
 
@@ -95,8 +96,8 @@ class InProcess:
 
 def client_step(half: nn.Module, link: CutLink, x: Tensor, y: Tensor) -> Callable[[], float]:
     """Return a step of the client half; it gives the seconds that the client itself was busy."""
+    quick_layout(half).train()
     optimiser = adam(half, 0.001)
-    half.train()
 
     def step() -> float:
         began, waited = time.perf_counter(), link.waited_s
@@ -169,7 +170,7 @@ def measure_step(name: str, at: str, batch: int, steps: int) -> dict[str, float]
     torch.manual_seed(0)
     model = VGG(name)
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,), dtype=torch.uint8)
-    whole = copy.deepcopy(model).train()
+    whole = quick_layout(copy.deepcopy(model)).train()
     optimiser = adam(whole, 0.001)
 
     def whole_step() -> None:
@@ -210,8 +211,8 @@ def measure_client(at: str, batch: int, steps: int) -> dict[str, dict[str, float
     light: dict[str, object] = {"bits": 8, "dropout": 0.5}
     runs = {
         "splitfed": (0.0, {}),
-        **{f"prune {rate}": (rate, {}) for rate in (0.25, 0.5)},
-        **{f"fedsl {rate}": (rate, light) for rate in (0.0, 0.25, 0.5)},
+        **{f"prune {rate}": (rate, {}) for rate in RATES},
+        **{f"fedsl {rate}": (rate, light) for rate in (0.0, *RATES)},
     }
     turns = {}
     for key, (rate, codec) in runs.items():
@@ -231,10 +232,10 @@ def measure_client(at: str, batch: int, steps: int) -> dict[str, dict[str, float
     return {
         "client_s": {key: round(value, 4) for key, value in busy.items()},
         "client_ratio": {
-            str(rate): round(busy[f"fedsl {rate}"] / plain, 3) for rate in (0.0, 0.25, 0.5)
+            str(rate): round(busy[f"fedsl {rate}"] / plain, 3) for rate in (0.0, *RATES)
         },
         "client_ratio_pruning_only": {
-            str(rate): round(busy[f"prune {rate}"] / plain, 3) for rate in (0.25, 0.5)
+            str(rate): round(busy[f"prune {rate}"] / plain, 3) for rate in RATES
         },
     }
 

@@ -4,6 +4,7 @@ from flwr_moe.client_apps.app import build_client_app
 from flwr_moe.client_apps.expert import register_expert_training
 from flwr_moe.client_apps.expert_mod import expert_mod
 from flwr_moe.client_apps.gate_report import answer_gate_statistics
+from flwr_moe.client_apps.overlay import overlay_mod, register_overlay
 from flwr_moe.client_apps.personal import personal_mod
 from flwr_moe.client_apps.split import register_split_training, train_half
 from flwr_moe.client_apps.training import TrainOrder, register_training
@@ -13,8 +14,10 @@ __all__ = [
     "answer_gate_statistics",
     "build_client_app",
     "expert_mod",
+    "overlay_mod",
     "personal_mod",
     "register_expert_training",
+    "register_overlay",
     "register_split_training",
     "register_training",
     "train_half",

@@ -26,7 +26,14 @@ from flwr_moe.split.protocol import agreement
 from flwr_moe.split.prune import Kept, put_back, shrink
 from flwr_moe.split.prune_choice import choose_kept, find_groups
 from flwr_moe.split.prune_schedule import PruneSchedule
-from flwr_moe.split.step import adam, balance_loss, clip_gradient, counted, step_flops
+from flwr_moe.split.step import (
+    adam,
+    balance_loss,
+    clip_gradient,
+    counted,
+    quick_layout,
+    step_flops,
+)
 from flwr_moe.split.wire import shape_text
 from flwr_moe.tasks import Samples
 from flwr_moe.tasks.training import Transform
@@ -154,7 +161,7 @@ class _Visit:
         self.dense = split_model(model, at).client
         materialise(self.dense, self._own_half(sent))
         self.kept = self._choose()
-        self.half = shrink(self.dense, self.kept) if self.kept else self.dense
+        self.half = quick_layout(shrink(self.dense, self.kept) if self.kept else self.dense)
 
     def link(self, num_examples: int) -> CutLink:
         """Open the way to the server half."""

@@ -18,6 +18,7 @@ from flwr_moe.experts.mixture import (
 from flwr_moe.experts.probe import affinity_from_inputs, gate_inputs, sample_features
 from flwr_moe.experts.random_features import RandomFeatures, median_gamma
 from flwr_moe.experts.restrict import restricted_gate
+from flwr_moe.experts.similarity import cosine_similarity, mix, mixing_matrix, nearest
 from flwr_moe.experts.sparse_moe import SparseMoE
 
 __all__ = [
@@ -32,12 +33,16 @@ __all__ = [
     "assign_experts",
     "captured_mass",
     "cluster_logits",
+    "cosine_similarity",
     "fit_discriminants",
     "gate_affinity",
     "gate_inputs",
     "median_gamma",
+    "mix",
     "mixed_log_probs",
+    "mixing_matrix",
     "most_probable_log_probs",
+    "nearest",
     "restricted_gate",
     "sample_features",
     "split_among_experts",

@@ -97,7 +97,7 @@ class MeteredGrid(WrappedGrid):
         replies = self._received(self.grid.send_and_receive(batch, timeout=timeout))
         if len(batch) > len(replies):
             self.ledger.event("late", len(batch) - len(replies))
-        return replies
+        return self.by_partition(replies)
 
     def holds(self, message_ids: Iterable[str]) -> bool:
         """Whether any of these messages has not been sent yet: never, here."""

@@ -142,6 +142,8 @@ class SimulatedGrid(WrappedGrid):
     ) -> list[Message]:
         """Send, and wait for the replies for at most ``timeout`` virtual seconds.
 
+        They come in order of partition id.
+
         Raises
         ------
         HorizonReached
@@ -158,7 +160,8 @@ class SimulatedGrid(WrappedGrid):
             done = {reply.metadata.reply_to_message_id for reply in batch}
             waiting = [i for i in waiting if i not in done]
         self.abandon(waiting)
-        return replies
+        # Sums of floats depend on their order: who came first must not decide it.
+        return self.by_partition(replies)
 
     def roll_call(self) -> dict[int, NodeProfile]:
         """Ask every node who it is; takes no virtual time and is not booked."""

@@ -36,6 +36,16 @@ class WrappedGrid(Grid):
         order = sorted(ids, key=lambda node_id: self._profiles[node_id].partition_id)
         return {node_id: self._profiles[node_id] for node_id in order}
 
+    def by_partition(self, replies: Iterable[Message]) -> list[Message]:
+        """Sort replies by the partition id of the node they come from; unknown nodes last."""
+        profiles = self._profiles
+
+        def place(reply: Message) -> tuple[bool, int]:
+            node = profiles.get(reply.metadata.src_node_id)
+            return node is None, node.partition_id if node else 0
+
+        return sorted(replies, key=place)
+
     def set_run(self, run: Run) -> None:
         """Hand the run to the inner Grid."""
         self.grid.set_run(run)

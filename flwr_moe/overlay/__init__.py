@@ -1,1 +1,18 @@
-"""Edge overlays: refresh controller and ensemble."""
+"""Edge overlays: replay cache, refresh controllers, tails and the ensemble."""
+
+from flwr_moe.overlay.cache import ReplayCache
+from flwr_moe.overlay.controller import Convergence, EveryRound, FixedPeriod
+from flwr_moe.overlay.ensemble import Ensemble
+from flwr_moe.overlay.tails import ParallelTails, build_tail
+from flwr_moe.overlay.training import Recipe
+
+__all__ = [
+    "Convergence",
+    "Ensemble",
+    "EveryRound",
+    "FixedPeriod",
+    "ParallelTails",
+    "Recipe",
+    "ReplayCache",
+    "build_tail",
+]

@@ -11,6 +11,8 @@ from flwr_moe.split.codecs import (
     cut_codecs,
     wire_bytes,
 )
+from flwr_moe.split.costs import CutCost, cut_table
+from flwr_moe.split.cut import Split, materialise, possible_cuts, split_model
 from flwr_moe.split.prune import Kept, expand, put_back, shrink, take
 from flwr_moe.split.prune_choice import choose_kept, find_groups
 from flwr_moe.split.prune_schedule import PruneSchedule, magnitude_mask
@@ -19,19 +21,25 @@ __all__ = [
     "Chain",
     "Codec",
     "CodecKey",
+    "CutCost",
     "Encoded",
     "Kept",
     "Passthrough",
     "PruneSchedule",
     "Quantise",
     "RandomDropout",
+    "Split",
     "choose_kept",
     "cut_codecs",
+    "cut_table",
     "expand",
     "find_groups",
     "magnitude_mask",
+    "materialise",
+    "possible_cuts",
     "put_back",
     "shrink",
+    "split_model",
     "take",
     "wire_bytes",
 ]

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flwr_moe.split.dropout import RandomDropout
 from flwr_moe.split.quantise import (
     SCALE_DIM,
     Quantised,
     ScalePer,
     check_bits,
+    code_type,
     dequantise,
     num_levels,
     num_scales,
@@ -58,80 +59,6 @@ __all__ = [
     "cut_codecs",
     "wire_bytes",
 ]
-
-
-@dataclass(frozen=True)
-class RandomDropout:
-    """Sends a fixed number of randomly chosen values of each sample; the rest become zero.
-
-    Of the n values of a sample k = round(n (1 - p)), at least one, are kept and multiplied by n/k,
-    which is 1/(1 - p) wherever that is a whole number of values and unbiased everywhere. The mask
-    depends on seed, round, batch and partition, not on the role: with the same codec on activation
-    and gradient, what comes back is exactly the gradient of the masked network.
-
-    Parameters
-    ----------
-    p : float
-        Share of values dropped, at least 0 and below 1.
-
-    Raises
-    ------
-    ValueError
-        If `p` is outside [0, 1).
-
-    Notes
-    -----
-    Source: activation dropout at the cut is Lightweight FedSL's; fixed counts and masks rebuilt
-    from a seed are ours.
-    """
-
-    p: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.p < 1:
-            raise ValueError(f"p is {self.p}, expected at least 0 and below 1")
-
-    def kept(self, shape: Sequence[int]) -> int:
-        """Values kept of each sample of a tensor of `shape` (samples, ...).
-
-        Raises
-        ------
-        ValueError
-            If there is no dimension besides the samples.
-        """
-        if len(shape) < 2:
-            raise ValueError(
-                f"shape is {tuple(shape)}, expected samples and at least one dimension"
-            )
-        size = math.prod(shape[1:])
-        return min(size, max(1, round(size * (1 - self.p))))
-
-    def mask(self, shape: Sequence[int], key: CodecKey) -> Tensor:
-        """Draw which values of a tensor of `shape` are kept: bool, same shape; read only."""
-        return _draw_mask(tuple(shape), self.kept(shape), replace(key, role="activation"))
-
-    def encode(self, x: Tensor, key: CodecKey) -> Encoded:
-        """Send the kept values of `x` (B, ...) as (B, k), not yet scaled."""
-        x = checked(x)
-        values = x.masked_select(self.mask(x.shape, key)).reshape(x.shape[0], self.kept(x.shape))
-        return Encoded({VALUES: values}, {"shape": shape_text(x.shape)})
-
-    def decode(self, encoded: Encoded, key: CodecKey) -> Tensor:
-        """Put the kept values, scaled, in their places; zeros elsewhere."""
-        values = wire_tensor(encoded, VALUES)
-        shape = read_shape(encoded)
-        expected = (shape[0], self.kept(shape)) if len(shape) > 1 else None
-        if tuple(values.shape) != expected:
-            raise ValueError(
-                f"values have shape {tuple(values.shape)}, expected {expected} for a tensor of "
-                f"shape {shape} at p {self.p}"
-            )
-        scaled = values / (expected[1] / max(1, math.prod(shape[1:])))
-        return values.new_zeros(shape).masked_scatter_(self.mask(shape, key), scaled)
-
-    def plan(self, shape: Sequence[int], dtype: torch.dtype) -> WirePlan:
-        """Foretell (B, k) values."""
-        return WirePlan((shape[0], self.kept(shape)), dtype)
 
 
 @dataclass(frozen=True)
@@ -175,9 +102,12 @@ class Quantise:
         x = checked(x)
         result = quantise(x, self.bits, key.generator(f"round {key.role}"), self.scale_per)
         offset = num_levels(self.bits, signed=True) if result.signed else 0
-        codes = (result.codes + offset).reshape(-1).numpy().astype(np.uint16)
+        codes = (result.codes + offset).reshape(-1).numpy()
         return Encoded(
-            {VALUES: torch.from_numpy(pack(codes, self.bits)), "scale": result.scale},
+            {
+                VALUES: torch.from_numpy(pack(codes.astype(code_type(self.bits)), self.bits)),
+                "scale": result.scale,
+            },
             {
                 "shape": shape_text(x.shape),
                 "dtype": str(x.dtype).removeprefix("torch."),
@@ -207,9 +137,8 @@ class Quantise:
             )
         if not (torch.isfinite(scale) & (scale >= 0)).all():
             raise ValueError("scale has values that are negative or not finite, expected none")
-        codes = torch.from_numpy(
-            unpack(packed.numpy(), self.bits, math.prod(shape)).astype(np.int32)
-        )
+        unpacked = unpack(packed.numpy(), self.bits, math.prod(shape))
+        codes = torch.from_numpy(unpacked.astype(np.int32))
         offset = num_levels(self.bits, signed=True) if signed == "1" else 0
         result = Quantised((codes - offset).reshape(shape), scale, signed == "1")
         return dequantise(result, self.bits, self.scale_per).to(dtype)
@@ -291,16 +220,3 @@ def cut_codecs(*, dropout: float = 0.0, bits: int | None = None) -> dict[Role, C
 
 def _of(name: str, position: int) -> bool:
     return name.startswith(f"{position}.")
-
-
-@lru_cache(maxsize=8)  # a batch needs its mask twice, for the activation and for the gradient
-def _draw_mask(shape: tuple[int, ...], kept: int, key: CodecKey) -> Tensor:
-    size = math.prod(shape[1:])
-    if kept == size:
-        return torch.ones(shape, dtype=torch.bool)
-    draws = torch.randint(0, 2**31, (shape[0], size), generator=key.generator("dropout"))
-    # The position in the low bits makes all draws differ, so any selection algorithm finds the
-    # same k smallest on any machine.
-    ranks = ((draws << 32) | torch.arange(size)).numpy()
-    largest_kept = np.partition(ranks, kept - 1, axis=1)[:, kept - 1 : kept]
-    return torch.from_numpy(ranks <= largest_kept).reshape(shape)

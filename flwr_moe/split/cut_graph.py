@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from flwr_moe.split.cut_trace import RecordingTracer
 from flwr_moe.split.meta import ExampleInputs, as_call, meta_twin
 
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
@@ -42,7 +43,7 @@ class GraphCutter:
         # On a copy, because a forward pass under tracing may leave proxies in the model.
         tracers = []
         for training in (False, True):
-            tracer = _Tracer()
+            tracer = RecordingTracer()
             tracer.run(meta_twin(model).train(training), unused)
             tracers.append(tracer)
         self._tracer = tracers[0]
@@ -198,52 +199,6 @@ class GraphCutter:
             return operator.attrgetter(target)(self.model)
         except AttributeError:  # a constant that tracing has found
             return operator.attrgetter(target)(self._tracer.root)
-
-
-class _Tracer(fx.Tracer):
-    """Traces a model, and remembers what every module gave."""
-
-    proxy_buffer_attributes = True
-
-    def run(self, model: nn.Module, unused: dict[str, Any]) -> None:
-        self._given: list[tuple[str, Any]] = []
-        try:
-            self.graph = self.trace(model, unused or None)
-        except Exception as error:  # whatever the user's code raises on a proxy
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(
-                f"cannot trace {type(model).__name__}.forward ({reason}); move what depends on "
-                "values into a submodule, which is then kept in one piece"
-            ) from error
-        self.source = {node: name for name, node in reversed(self.points().items())}
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = super().is_leaf_module(m, module_qualified_name)
-        return whole or not any(True for _ in m.children())
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        path, known, stack = self.path_of_module(m), len(self._given), self.module_stack.copy()
-        try:
-            result = super().call_module(m, forward, args, kwargs)
-        except Exception:  # whatever happens inside: the module runs in one piece
-            del self._given[known:]
-            self.module_stack = stack
-            result = self.create_proxy("call_module", path, args, kwargs)
-        self._given.append((path, result))
-        return result
-
-    def points(self) -> dict[str, fx.Node]:
-        """Return the node of every module that is called once and gives one value."""
-        names = [name for name, _ in self._given]
-        once = {name for name in names if names.count(name) == 1}
-        return {
-            name: value.node
-            for name, value in self._given
-            if name in once and isinstance(value, fx.Proxy)
-        }
-
-    def code(self) -> str:
-        return self.graph.python_code("self").src
 
 
 def _preference(name: str) -> tuple[bool, int]:

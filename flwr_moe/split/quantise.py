@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flwr_moe.split.draws import draw
+
 MIN_BITS, MAX_BITS = 2, 16
 
 ScalePer = Literal["tensor", "sample", "channel"]
@@ -84,20 +86,22 @@ def quantise(x: Tensor, bits: int, generator: torch.Generator, scale_per: ScaleP
     Notes
     -----
     Source: the b-bit stochastic, max-scaled quantiser of DESIGN 5.4; the unsigned case is ours.
+    Rounding is decided by 16 random bits a value, so the mean is off by at most 2^-17 of a step.
     """
     values = x.to(torch.float32)
     num_scales(tuple(x.shape), scale_per)
-    scale = _largest(values.abs(), SCALE_DIM[scale_per])
+    scale, signed = _range(values, SCALE_DIM[scale_per])
     if not torch.isfinite(scale).all():
         raise ValueError("the tensor has values that are not finite in float32, expected none")
-    signed = bool((values < 0).any())
     levels = num_levels(bits, signed)
     divisor = torch.where(scale > 0, scale, torch.ones_like(scale))
-    position = values / _spread(divisor, values.ndim, scale_per) * levels
+    position = (values / _spread(divisor, values.ndim, scale_per)).mul_(levels)
     below = torch.floor(position)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    noise = torch.from_numpy(draw(seed, values.numel(), np.uint16).astype(np.float32))
     # Comparing with the fraction, not adding to the position, keeps all random bits at 16 bits.
-    above = torch.rand(values.shape, generator=generator) < position - below
-    codes = (below + above).to(torch.int32).clamp_(-levels, levels)
+    above = noise.add_(0.5).mul_(2**-16).reshape(values.shape) < position.sub_(below)
+    codes = below.add_(above).clamp_(-levels, levels).to(torch.int32)
     return Quantised(codes, scale, signed)
 
 
@@ -105,7 +109,7 @@ def dequantise(quantised: Quantised, bits: int, scale_per: ScalePer) -> Tensor:
     """Turn codes back into float32 values of the same shape."""
     levels = num_levels(bits, quantised.signed)
     scale = _spread(quantised.scale, quantised.codes.ndim, scale_per)
-    return quantised.codes.to(torch.float32) / levels * scale
+    return quantised.codes.to(torch.float32).mul_(scale / levels)
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -113,7 +117,12 @@ def packed_size(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
-def pack(codes: NDArray[np.uint16], bits: int) -> NDArray[np.uint8]:
+def code_type(bits: int) -> type[np.uint8 | np.uint16]:
+    """Smallest type of codes of `bits` bits."""
+    return np.uint8 if bits <= 8 else np.uint16
+
+
+def pack(codes: NDArray[np.uint8 | np.uint16], bits: int) -> NDArray[np.uint8]:
     """Write codes of `bits` bits one after the other, without gaps.
 
     Above 8 bits the low bytes of all codes come first, then the packed rest.
@@ -121,7 +130,7 @@ def pack(codes: NDArray[np.uint16], bits: int) -> NDArray[np.uint8]:
     Parameters
     ----------
     codes : ndarray
-        (n,) uint16, each below ``2**bits``.
+        (n,) of `code_type`, each below ``2**bits``.
     bits : int
         1 to 16.
 
@@ -131,14 +140,14 @@ def pack(codes: NDArray[np.uint16], bits: int) -> NDArray[np.uint8]:
         (ceil(n * bits / 8),) uint8.
     """
     if bits == 8:
-        return codes.astype(np.uint8)
+        return codes.astype(np.uint8, copy=False)
     if bits > 8:
         return np.concatenate(
-            [(codes & 0xFF).astype(np.uint8), pack((codes >> 8).astype(np.uint16), bits - 8)]
+            [(codes & 0xFF).astype(np.uint8), pack((codes >> 8).astype(np.uint8), bits - 8)]
         )
     # Eight codes fill `bits` whole bytes: the low bytes of one 64-bit little-endian word.
     groups = -(-len(codes) // 8)
-    padded = np.zeros((groups, 8), np.uint16)
+    padded = np.zeros((groups, 8), np.uint8)
     padded.reshape(-1)[: len(codes)] = codes
     words = np.zeros(groups, "<u8")
     for place in range(8):
@@ -147,8 +156,8 @@ def pack(codes: NDArray[np.uint16], bits: int) -> NDArray[np.uint8]:
     return packed[: packed_size(len(codes), bits)]
 
 
-def unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint16]:
-    """Inverse of `pack`: (count,) uint16.
+def unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8 | np.uint16]:
+    """Inverse of `pack`: (count,) of `code_type`.
 
     Raises
     ------
@@ -161,26 +170,29 @@ def unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint1
             f"for {count} values of {bits} bits"
         )
     if bits == 8:
-        return packed.astype(np.uint16)
+        return packed
     if bits > 8:
         high = unpack(packed[count:], bits - 8, count)
-        return packed[:count].astype(np.uint16) | (high << 8).astype(np.uint16)
+        return packed[:count] | (high.astype(np.uint16) << np.uint16(8))
     groups = -(-count // 8)
     padded = np.zeros(groups * bits, np.uint8)
     padded[: len(packed)] = packed
     in_words = np.zeros((groups, 8), np.uint8)
     in_words[:, :bits] = padded.reshape(groups, bits)
     words = in_words.view("<u8").reshape(groups)
-    codes = np.empty((groups, 8), np.uint16)
+    codes = np.empty((groups, 8), np.uint8)
     for place in range(8):
         codes[:, place] = (words >> np.uint64(bits * place)) & np.uint64(2**bits - 1)
     return codes.reshape(-1)[:count]
 
 
-def _largest(magnitudes: Tensor, dim: int | None) -> Tensor:
-    """Maximum over all dimensions but `dim`, at least 1-D; zero where there is nothing."""
-    rows = magnitudes.reshape(1, -1) if dim is None else magnitudes.movedim(dim, 0).flatten(1)
-    return rows.amax(dim=1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
+def _range(values: Tensor, dim: int | None) -> tuple[Tensor, bool]:
+    """Largest magnitude for each index of `dim`, or of all, (scales,), and if any is negative."""
+    rows = values.reshape(1, -1) if dim is None else values.movedim(dim, 0).flatten(1)
+    if not rows.numel():
+        return rows.new_zeros(rows.shape[0]), False
+    low, high = rows.amin(dim=1), rows.amax(dim=1)
+    return torch.maximum(high, -low), bool((low < 0).any())
 
 
 def _spread(scale: Tensor, ndim: int, scale_per: ScalePer) -> Tensor:

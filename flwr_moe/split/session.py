@@ -9,14 +9,12 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.dropout import _DropoutNd
 
 from flwr_moe.exchange.request import Refused
 from flwr_moe.split.codecs import Chain, CodecKey, Encoded, Role
@@ -32,41 +30,13 @@ from flwr_moe.split.protocol import (
 )
 from flwr_moe.split.prune import Kept, expand
 from flwr_moe.split.prune_groups import PruneGroup
-from flwr_moe.split.step import adam, balance_loss, clip_gradient, counted
+from flwr_moe.split.seeded import draws_numbers, seeded
+from flwr_moe.split.session_round import ClientState, Round, Trunk, weighted_mean
+from flwr_moe.split.step import adam, balance_loss, clip_gradient, counted, quick_layout
 
 SERVERS = ("copies", "shared")
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
-_global_generator = threading.Lock()
-
-
-@dataclass
-class _Trunk:
-    """A server half at work: one for each client, or one for all."""
-
-    half: nn.Module
-    optimiser: torch.optim.Optimizer | None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-@dataclass
-class _Client:
-    """What one client has done in the open round."""
-
-    trunk: _Trunk
-    examples: int
-    done: int = 0
-    sample_shape: tuple[int, ...] = ()
-
-
-@dataclass
-class _Round:
-    number: int
-    batches: int
-    expected: frozenset[int]
-    learning_rate: float
-    clients: dict[int, _Client] = field(default_factory=dict)
-    closed: bool = False
 
 
 class SplitSession:
@@ -123,12 +93,12 @@ class SplitSession:
         self._codecs, self._agreed = dict(codecs), dict(agreed)
         self._copies, self._seed, self._clip = server == "copies", seed, clip
         self._loss_fn, self._output = loss_fn, output
-        self._half = half.train()
-        self._shared = _Trunk(self._half, None)
+        self._half = quick_layout(half).train()
+        self._shared = Trunk(self._half, None)
         self._in_place = any(getattr(m, "inplace", False) for m in half.modules())
-        self._random = any(_draws(module) for module in half.modules())
+        self._random = any(draws_numbers(module) for module in half.modules())
         self._lock = threading.Lock()
-        self._round: _Round | None = None
+        self._round: Round | None = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the server half's state, as of the last round that was closed."""
@@ -151,7 +121,7 @@ class SplitSession:
             Of Adam, which starts anew for each copy; with one shared half it goes on.
         """
         with self._lock:
-            self._round = _Round(number, batches, frozenset(clients), learning_rate)
+            self._round = Round(number, batches, frozenset(clients), learning_rate)
 
     def end_round(self) -> dict[int, int]:
         """Take no more batches, and average the copies; what came of them so far counts.
@@ -174,7 +144,7 @@ class SplitSession:
                     states.append(client.trunk.half.state_dict())
                     weights.append(client.examples * client.done / ended.batches)
         if states:
-            self._half.load_state_dict(_weighted_mean(states, weights))
+            self._half.load_state_dict(weighted_mean(states, weights))
         return {partition: client.done for partition, client in clients.items()}
 
     def handle(
@@ -227,32 +197,20 @@ class SplitSession:
 
     # --- inside ------------------------------------------------------------------
 
-    def _enter(self, call: BatchCall) -> tuple[_Round, _Client]:
+    def _enter(self, call: BatchCall) -> tuple[Round, ClientState]:
         """Find the client's place in the round, and check that it is its turn."""
         with self._lock:
             round_ = self._round
             if round_ is None or round_.number != call.round:
                 open_now = "none is open" if round_ is None else f"expected {round_.number}"
                 raise Refused(f"round is {call.round}, {open_now}", 409)
-            if call.partition not in round_.expected:
-                raise Refused(f"partition is {call.partition}, which has no part in this round")
-            client = round_.clients.get(call.partition)
-            done = client.done if client else 0
-            if call.batch != done or done >= round_.batches:
-                raise Refused(
-                    f"batch is {call.batch}, expected {done} of {round_.batches} in this round", 409
-                )
-            if client is None:
-                client = _Client(self._trunk(round_.learning_rate), call.examples)
-                round_.clients[call.partition] = client
-            if client.examples != call.examples:
-                raise Refused(f"examples are {call.examples}, expected {client.examples} as before")
+            client = round_.enter(call, self._trunk)
         return round_, client
 
-    def _trunk(self, learning_rate: float) -> _Trunk:
+    def _trunk(self, learning_rate: float) -> Trunk:
         if self._copies:
             half = copy.deepcopy(self._half)
-            return _Trunk(half, adam(half, learning_rate))
+            return Trunk(half, adam(half, learning_rate))
         if self._shared.optimiser is None:
             self._shared.optimiser = adam(self._half, learning_rate)
         for group in self._shared.optimiser.param_groups:
@@ -262,7 +220,7 @@ class SplitSession:
     def _arrived(
         self,
         call: BatchCall,
-        client: _Client,
+        client: ClientState,
         key: CodecKey,
         tensors: Mapping[str, Tensor],
         metadata: Mapping[str, str],
@@ -287,7 +245,7 @@ class SplitSession:
 
     def _step(
         self,
-        trunk: _Trunk,
+        trunk: Trunk,
         call: BatchCall,
         key: CodecKey,
         activation: Tensor,
@@ -299,7 +257,7 @@ class SplitSession:
         trunk.optimiser.zero_grad(set_to_none=True)
         leaf = activation.detach().requires_grad_()
         try:
-            with _seeded(key) if self._random else nullcontext():
+            with seeded(key) if self._random else nullcontext():
                 whole = self._expanded(leaf, call.kept)
                 output = trunk.half(whole.clone() if self._in_place else whole, *context)
                 loss = self._loss_fn(output, labels)
@@ -326,30 +284,3 @@ class SplitSession:
         if self._output is None:
             raise ValueError("units at the cut are pruned, which is not expected")
         return expand(leaf, Kept.of([self._output], {self._output.name: kept}))
-
-
-def _draws(module: nn.Module) -> bool:
-    """Whether a module may draw random numbers while it trains."""
-    if isinstance(module, _DropoutNd):
-        return module.p > 0
-    # Models of transformers also call dropout as a function, with rates of their config.
-    return isinstance(module, nn.RReLU) or hasattr(module, "config")
-
-
-@contextmanager
-def _seeded(key: CodecKey) -> Iterator[None]:
-    """Seed the process's generator, which all threads share, for one step, and restore it."""
-    with _global_generator, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key.generator("layers").initial_seed())
-        yield
-
-
-def _weighted_mean(states: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
-    """Mean in double precision, in the order given; whole numbers are rounded."""
-    total = sum(weights)
-    mean = {}
-    for key, first in states[0].items():
-        parts = (s[key].double() * w for s, w in zip(states, weights, strict=True))
-        value = sum(parts, torch.zeros_like(first, dtype=torch.float64)) / total
-        mean[key] = (value if first.is_floating_point() else value.round()).to(first.dtype)
-    return mean

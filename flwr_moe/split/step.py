@@ -47,6 +47,18 @@ def adam(half: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
 
 
+def quick_layout(half: nn.Module) -> nn.Module:
+    """Lay the weights of convolutions out channel by channel, in place: their steps get faster.
+
+    Names, shapes and values stay; what a convolution gives differs by rounding. Double precision
+    has no fast path, and stays as it is.
+    """
+    for module in half.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.dtype != torch.float64:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return half
+
+
 def balance_loss(half: nn.Module) -> Tensor | None:
     """Load-balance loss of the expert layers that a forward pass has just used, if there are."""
     losses = [m.load_balance_loss for m in half.modules() if isinstance(m, SparseMoE)]

@@ -42,11 +42,14 @@ class CodecKey:
     partition: int
     role: Role
 
+    def seed_of(self, purpose: str) -> int:
+        """Seed for what is random for `purpose`, the same on every machine."""
+        text = f"{purpose}/{self.seed}/{self.round}/{self.batch}/{self.partition}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+
     def generator(self, purpose: str) -> torch.Generator:
         """Make a CPU generator for `purpose`, the same on every machine."""
-        text = f"{purpose}/{self.seed}/{self.round}/{self.batch}/{self.partition}"
-        digest = hashlib.sha256(text.encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return torch.Generator().manual_seed(self.seed_of(purpose))
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def checked(x: Tensor) -> Tensor:
     """Return `x` on the CPU, outside the graph; ValueError unless it is floating and finite."""
     if x.dtype not in DTYPES.values():
         raise ValueError(f"the tensor is {x.dtype}, expected one of {tuple(DTYPES)}")
-    if not torch.isfinite(x).all():
+    # A sum is much faster to look at, and may only be too strict: finite values can overflow it.
+    if not torch.isfinite(x.detach().sum()) and not torch.isfinite(x).all():
         raise ValueError("the tensor has values that are not finite, expected none")
     return x.detach().cpu()
 

@@ -1,5 +1,6 @@
 """Flower strategies, one algorithm a file."""
 
+from flwr_moe.strategies.emo import EMO
 from flwr_moe.strategies.ems_fl import EMSFL
 from flwr_moe.strategies.fedasync import FedAsync
 from flwr_moe.strategies.fedbuff import FedBuff
@@ -7,4 +8,4 @@ from flwr_moe.strategies.fedmoe_da import FedMoEDA
 from flwr_moe.strategies.fedsl import FedSL
 from flwr_moe.strategies.splitfed import SplitFed
 
-__all__ = ["EMSFL", "FedAsync", "FedBuff", "FedMoEDA", "FedSL", "SplitFed"]
+__all__ = ["EMO", "EMSFL", "FedAsync", "FedBuff", "FedMoEDA", "FedSL", "SplitFed"]

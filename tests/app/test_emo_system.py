@@ -72,7 +72,7 @@ def test_the_ensemble_on_disk_answers_as_the_one_of_the_run(
     accuracy = float((ensemble.predict(x) == y).double().mean())
     assert accuracy == pytest.approx(runs["emo"].history[-1].accuracy)
     assert accuracy > runs["fedavg"].history[-1].accuracy
-    with pytest.raises(ValueError, match="seed3.*is missing"):
+    with pytest.raises(ValueError, match=r"seed3.*is missing"):
         load_ensemble(tmp_path, seed=3)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +20,10 @@ from flwr_moe.split.codecs import (
     cut_codecs,
     wire_bytes,
 )
+from flwr_moe.split.draws import draw
+from flwr_moe.split.dropout import smallest
 
+WORDS = [24271, 64080, 29299, 2874, 47803, 537]
 KEY = CodecKey(seed=7, round=2, batch=3, partition=1, role="activation")
 BACK = dataclasses.replace(KEY, role="gradient")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -70,6 +74,34 @@ def test_mask_is_fair():
     draws = 2000
     share = RandomDropout(0.75).mask((draws, 40), KEY).double().mean(0)
     assert ((share - 0.25).abs() <= 5 * (0.25 * 0.75 / draws) ** 0.5).all()
+
+
+def test_equal_draws_keep_the_first():
+    draws = np.array([[5, 2, 5, 5, 1], [4, 3, 2, 1, 0]], np.uint32)
+    assert np.flatnonzero(smallest(draws, 3)).tolist() == [0, 1, 4, 7, 8, 9]
+
+
+def test_draws_are_the_same_on_any_machine():
+    """The words that NumPy documents as stable: a change would part the two sides of a cut."""
+    words = draw(7, 6, np.uint16)
+    raw = int(np.random.SFC64(7).random_raw())
+    assert words[:4].tolist() == [raw >> shift & 0xFFFF for shift in (0, 16, 32, 48)]
+    assert words.tolist() == WORDS
+    assert draw(7, 3, np.uint32).tolist() == [
+        low + (high << 16) for low, high in zip(WORDS[::2], WORDS[1::2], strict=True)
+    ]
+
+
+def test_layout_in_memory_does_not_matter():
+    x, chain = noise(4, 6, 3, 5), cut_codecs(dropout=0.5, bits=8)["activation"]
+    encoded = chain.encode(x, KEY)
+    other = chain.encode(x.contiguous(memory_format=torch.channels_last), KEY)
+    assert all(torch.equal(other.tensors[name], t) for name, t in encoded.tensors.items())
+
+
+def test_large_finite_values_are_no_error():
+    x = torch.full((2, 4), 3e38)
+    assert torch.equal(Passthrough().decode(Passthrough().encode(x, KEY), KEY), x)
 
 
 def test_mask_ignores_the_global_generator():

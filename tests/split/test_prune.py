@@ -111,6 +111,24 @@ def test_no_layer_goes_below_the_floor():
     assert kept.indices == {"0": (3,), "1": (0,)}
 
 
+def test_large_layers_keep_multiples_of_eight_channels():
+    # Of 96 channels 72 stay, the 24 weakest go: 11 of the first layer and 13 of the second would
+    # leave 21 and 51. Below are 16 and 48; the one block of 8 that is missing goes to the first.
+    first = [1.0] * 11 + [3.0] * 21
+    second = [1.0] * 13 + [3.0] * 51
+    kept = choose_kept(two_layers(first, second), 0.25)
+    assert [len(units) for units in kept.indices.values()] == [24, 48]
+    # 38 go at 0.4, all 24 weak ones and 14 others: 58 stay, and 56 is the nearest multiple.
+    kept = choose_kept(two_layers(first, second), 0.4)
+    assert sum(len(units) for units in kept.indices.values()) == 56
+    assert all(len(units) % 8 == 0 for units in kept.indices.values())
+    kept = choose_kept(two_layers([1.0] * 32, [1.0] * 64), 0.0)
+    assert [len(units) for units in kept.indices.values()] == [32, 64]
+    # A layer always keeps something.
+    kept = choose_kept(two_layers([1.0] * 32, [1.0] * 64), 0.97)
+    assert [len(units) for units in kept.indices.values()] == [8, 8]
+
+
 def test_rate_by_group():
     kept = choose_kept(vgg(), {"3": 0.5, "9": 0.3})
     assert {name: len(units) for name, units in kept.indices.items()} == {

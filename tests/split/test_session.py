@@ -213,6 +213,18 @@ def test_random_layers_draw_from_the_batch_alone() -> None:
     assert not torch.equal(first[0] == 0, first[1] == 0)
 
 
+def test_convolutions_are_laid_out_for_speed_and_compute_the_same() -> None:
+    torch.manual_seed(0)
+    half = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    whole = copy.deepcopy(half)
+    session = session_of(half)
+    session.begin_round(1, 1, [0], RATE)
+    assert half[0].weight.is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(5, 4, 3, 3).requires_grad_()
+    functional.cross_entropy(whole(x), LABELS.long()).backward()
+    torch.testing.assert_close(Client(session, 0).send(0, x.detach())[0], x.grad)
+
+
 def wrong(message: str, status: int = 422, **changes: Any) -> Any:
     return pytest.param(changes, message, status, id=message)
 

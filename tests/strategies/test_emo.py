@@ -25,7 +25,7 @@ from flwr_moe.overlay.controller import EveryRound, FixedPeriod
 from flwr_moe.overlay.training import Recipe
 from flwr_moe.strategies import EMSFL, FedAsync
 from flwr_moe.strategies.emo import EMO
-from flwr_moe.strategies.emo_grid import in_order
+from flwr_moe.strategies.emo_orders import Overlay
 from flwr_moe.tasks import Samples
 from tests.local_grid import LocalGrid
 from tests.strategies.devices import TinyTask
@@ -164,7 +164,8 @@ class Sorted:
 
     def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
         replies = super().send_and_receive(messages, timeout=timeout)  # type: ignore[misc]
-        return in_order(replies, self.profiles())  # type: ignore[attr-defined]
+        partition = {i: n.partition_id for i, n in self.profiles().items()}  # type: ignore[attr-defined]
+        return sorted(replies, key=lambda reply: partition[reply.metadata.src_node_id])
 
 
 class SortedSimulation(Sorted, SimulatedGrid):
@@ -228,6 +229,26 @@ def test_overlays_learn_and_the_ensemble_beats_the_small_model(
     assert report["refreshes"] == [2, 4, 5]
     assert report["overlay-steps"] == 120
     assert report["overlay-events"].get("refused", 0) == 0
+
+
+def test_tails_are_averaged_by_activations_and_sent_back(make_emo: Callable[..., EMO]) -> None:
+    emo = make_emo(fed_avg(), average_every=1)
+    grid = local_grid()
+    run(emo, simulated(grid), rounds=2)
+    state = emo.run
+    assert state is not None
+    first, second = (Overlay(o.node, None) for o in state.overlays.values())
+    state.overlays = {4: first, 5: second}
+    for overlay, value, weight in ((first, 1.0, 30.0), (second, 5.0, 10.0)):
+        overlay.tail = {k: torch.full_like(t, value) for k, t in build_tail().state_dict().items()}
+        overlay.weight = weight
+    state._average()
+    assert all(torch.equal(t, torch.full_like(t, 2.0)) for t in state.tail.values())
+    assert first.next_tail is second.next_tail is state.tail
+    sent = [m for m in grid.executed if m.metadata.message_type == "train.overlay"]
+    # The common start, and an average with every order after the first.
+    assert len(sent) == 12
+    assert all("tail" in m.content.array_records for m in sent)
 
 
 def test_activations_are_booked_and_cost_what_they_weigh(make_emo: Callable[..., EMO]) -> None:
