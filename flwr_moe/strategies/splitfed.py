@@ -4,45 +4,45 @@ from __future__ import annotations
 
 import copy
 import random
-import secrets
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from logging import INFO, WARNING
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
-from torch import Tensor, nn
+from flwr.serverapp.strategy import Result
+from torch import nn
 from torch.nn import functional
 
 from flwr_moe.client_apps.split import SPLIT_STEPS, SPLIT_TRAIN
-from flwr_moe.exchange import ExchangeServer, TensorStore
-from flwr_moe.exchange.app import Handler
-from flwr_moe.exchange.request import Refused
 from flwr_moe.network import (
     MESSAGE_TTL_S,
-    HorizonReached,
     MeteredGrid,
     SimulatedGrid,
-    check_reply,
 )
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import EXCHANGE_URL, NodeProfile
 from flwr_moe.split.codecs import Chain, Role, cut_codecs
-from flwr_moe.split.cut import Split, materialise, split_model
+from flwr_moe.split.cut import Split, split_model
 from flwr_moe.split.meta import ExampleInputs
-from flwr_moe.split.protocol import HANDLER, agreement
-from flwr_moe.split.prune_choice import find_groups
-from flwr_moe.split.session import SERVERS, LossFn, SplitSession
+from flwr_moe.split.session import LossFn, SplitSession
 from flwr_moe.strategies.averaging import to_arrays, to_record, weighted_mean
 from flwr_moe.strategies.in_turn import InTurn
+from flwr_moe.strategies.split_replies import halves_of, metrics_of
+from flwr_moe.strategies.split_serving import SplitServing
+from flwr_moe.strategies.split_setup import (
+    NO_SCHEDULE,
+    check_settings,
+    local_exchange,
+    local_steps,
+    number,
+)
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
-class SplitFed(FedAvg):
+class SplitFed(SplitServing):
     """Federated split learning: devices train the first half of a model, the server the rest.
 
     Flower carries orders, client halves and figures. Activations and gradients go over the tensor
@@ -117,18 +117,7 @@ class SplitFed(FedAvg):
         **kwargs: Any,
     ) -> None:
         super().__init__(fraction_evaluate=fraction_evaluate, **kwargs)
-        if interval < 1:
-            raise ValueError(f"interval is {interval}, expected at least 1 round")
-        if server not in SERVERS:
-            raise ValueError(f"server is {server!r}, expected one of {', '.join(SERVERS)}")
-        if not learning_rate > 0:
-            raise ValueError(f"learning_rate is {learning_rate}, expected above 0")
-        if not clip >= 0:
-            raise ValueError(f"clip is {clip}, expected 0 (off) or more")
-        if not server_speedup > 0:
-            raise ValueError(f"server_speedup is {server_speedup}, expected above 0")
-        if not exchange_timeout_s > 0:
-            raise ValueError(f"exchange_timeout_s is {exchange_timeout_s}, expected above 0")
+        check_settings(interval, server, learning_rate, clip, server_speedup, exchange_timeout_s)
         whole = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
         self.split: Split = split_model(whole, at, example_inputs)
         self.at, self.interval, self.server = at, interval, server
@@ -156,11 +145,6 @@ class SplitFed(FedAvg):
         self._last_round = 0
         self.unfinished: dict[int, int] = {}
         self.batches = 0
-
-    @property
-    def handlers(self) -> Mapping[str, Handler]:
-        """What the exchange at ``exchange_url`` answers calls with."""
-        return {HANDLER: self._answer}
 
     def summary(self) -> None:
         """Log the settings."""
@@ -197,7 +181,7 @@ class SplitFed(FedAvg):
         self._grid, self._last_round = grid, num_rounds
         state = initial_arrays.to_torch_state_dict()
         self._session = self._open_session(state, train_config)
-        _steps(train_config or ConfigRecord())
+        local_steps(train_config or ConfigRecord())
         client = self.split.client.state_dict()
         self._half = to_arrays(ArrayRecord({key: state[key] for key in client}))
         self._snapshot = initial_arrays
@@ -207,7 +191,7 @@ class SplitFed(FedAvg):
                 # Simulated nodes have all been started when they have answered: a process that
                 # is forked while a server's threads run may hang.
                 self._wait(grid, self.min_available_nodes)
-                self._address = stack.enter_context(_local_exchange(self.handlers))
+                self._address = stack.enter_context(local_exchange(self.handlers))
             return super().start(
                 grid if self.server == "copies" else InTurn(grid),
                 initial_arrays,
@@ -224,21 +208,20 @@ class SplitFed(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Open the round at the server half, and write every sampled client's order."""
-        network = self._network
         least = self.min_available_nodes if server_round == 1 else 1
-        nodes = self._sample(list(self._wait(network, least).values()))
-        self._steps = _steps(config)
+        nodes = self._sample(list(self._wait(self._network, least).values()))
+        self._steps = local_steps(config)
         self._running.begin_round(
             server_round,
             self._steps,
             [node.partition_id for node in nodes],
-            _number(config, "learning-rate", self.learning_rate),
+            number(config, "learning-rate", self.learning_rate),
         )
         self._sent = {}
         messages = []
         for node in nodes:
-            order = self._order(server_round, node, config)
-            content = RecordDict({self.configrecord_key: ConfigRecord(order)})
+            order = ConfigRecord(self._order(server_round, node, config))
+            content = RecordDict({self.configrecord_key: order})
             if node.node_id not in self._informed:
                 content[self.arrayrecord_key] = to_record(self._half)
             self._sent[node.node_id] = content
@@ -249,16 +232,15 @@ class SplitFed(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Close the round at the server half, and average the client halves if it is time."""
-        network, session = self._network, self._running
-        done = session.end_round()
+        network, done = self._network, self._running.end_round()
         self.batches += sum(done.values())
         partitions = {node_id: n.partition_id for node_id, n in network.profiles().items()}
         order = [m for m in replies if m.metadata.src_node_id in partitions]
         order.sort(key=lambda m: partitions[m.metadata.src_node_id])
-        halves, weights, heard = [], [], []
+        heard = []
         for reply in order:
             node_id = reply.metadata.src_node_id
-            reason = reply.error.reason if reply.has_error() else self._unusable(node_id, reply)
+            reason = self._why_unusable(reply)
             if reason is not None:
                 # A simulated Grid has counted and logged errors itself.
                 if not (reply.has_error() and isinstance(network, SimulatedGrid)):
@@ -267,86 +249,27 @@ class SplitFed(FedAvg):
                     network.ledger.event("rejected")
                 continue
             heard.append(reply)
-            if "half" in reply.content.array_records:
-                metrics = reply.content.metric_records["metrics"]
-                share = float(metrics["steps"]) / self._steps  # type: ignore[arg-type]
-                halves.append(to_arrays(reply.content.array_records["half"]))
-                weights.append(float(metrics[self.weighted_by_key]) * share)  # type: ignore[arg-type]
         told = {m.metadata.src_node_id for m in heard}
         for node_id in self._sent:
-            if done.get(partitions.get(node_id, -1), 0) < self._steps:
-                partition = partitions.get(node_id, -1)
+            partition = partitions.get(node_id, -1)
+            if done.get(partition, 0) < self._steps:
                 self.unfinished[partition] = self.unfinished.get(partition, 0) + 1
         self._met |= told
         # Who failed may have lost what it had been sent: it is told everything again.
         self._informed = (self._informed | told) - (self._sent.keys() - told)
         if self._averages(server_round):
+            halves, weights = halves_of(heard, self._steps, self.weighted_by_key)
             if sum(weights) > 0:
                 self._half = weighted_mean(halves, weights)
             self._version += 1
             self._informed = set()
-            server = to_arrays(ArrayRecord(session.state_dict()))
-            joined = {**self._half, **server}
+            joined = {**self._half, **to_arrays(ArrayRecord(self._running.state_dict()))}
             self._snapshot = to_record({key: joined[key] for key in self._snapshot})
-        return self._snapshot, self._mean_metrics(heard)
+        key = self.weighted_by_key
+        figures = metrics_of(heard, key)
+        return self._snapshot, self.train_metrics_aggr_fn(figures, key) if figures else None
 
     # --- inside ------------------------------------------------------------------
-
-    @property
-    def _network(self) -> SimulatedGrid | MeteredGrid:
-        if self._grid is None:
-            raise ValueError(f"{type(self).__name__} runs by start(), which has not been called")
-        return self._grid
-
-    @property
-    def _running(self) -> SplitSession:
-        if self._session is None:
-            raise ValueError(f"{type(self).__name__} runs by start(), which has not been called")
-        return self._session
-
-    def _answer(
-        self, tensors: dict[str, Tensor], metadata: dict[str, str]
-    ) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-        if self._session is None:
-            raise Refused("no run has been started", 409)
-        return self._session.handle(tensors, metadata)
-
-    def _open_session(
-        self, state: Mapping[str, Tensor], config: ConfigRecord | None
-    ) -> SplitSession:
-        split = copy.deepcopy(self.split)
-        own = {**split.client.state_dict(), **split.server.state_dict()}
-        for key in sorted(own.keys() ^ state.keys()):
-            where = "missing in the initial arrays" if key in own else "not of the model"
-            raise ValueError(f"tensor {key!r} is {where}")
-        materialise(split.server, {key: state[key] for key in split.server.state_dict()})
-        groups = find_groups(split.client, prune_output=True)
-        seed = int(_number(config or ConfigRecord(), "seed", self.seed))
-        return SplitSession(
-            split.server,
-            self.codecs,
-            agreement(own, self.at, self.codecs),
-            server=self.server,
-            seed=seed,
-            clip=self.clip,
-            loss_fn=self.loss_fn,
-            output=next((g for g in groups if g.output_dim is not None), None),
-        )
-
-    def _averages(self, server_round: int) -> bool:
-        return server_round % self.interval == 0 or server_round == self._last_round
-
-    def _wait(self, network: SimulatedGrid | MeteredGrid, least: int) -> dict[int, NodeProfile]:
-        while len(list(network.grid.get_node_ids())) < least:
-            if network.now >= network.horizon_s:
-                raise HorizonReached
-            time.sleep(0.2)
-        return network.profiles()
-
-    def _sample(self, nodes: list[NodeProfile]) -> list[NodeProfile]:
-        size = min(max(int(len(nodes) * self.fraction_train), self.min_train_nodes), len(nodes))
-        chosen = {node.node_id for node in self._rng.sample(nodes, size)}
-        return [node for node in nodes if node.node_id in chosen]
 
     def _order(self, server_round: int, node: NodeProfile, config: ConfigRecord) -> dict[str, Any]:
         # Not local-steps: the network would charge the node for steps of the whole model.
@@ -375,61 +298,3 @@ class SplitFed(FedAvg):
     def _lightening(self, node: NodeProfile) -> dict[str, int | float]:
         """Say how the client half and the cut are made lighter."""
         return {"dropout": 0.0, "bits": 0, "prune": 0.0, **NO_SCHEDULE}
-
-    def _unusable(self, node_id: int, reply: Message) -> str | None:
-        """Say why a reply cannot be used, None if it can."""
-        if node_id not in self._sent:
-            return "the reply answers nothing"
-        reason = check_reply(self._sent[node_id], reply.content)
-        if reason is not None:
-            return reason
-        metrics = reply.content.metric_records.get("metrics", MetricRecord())
-        for key in ("steps", self.weighted_by_key):
-            value = metrics.get(key)
-            if not isinstance(value, int | float) or value < 0:
-                return f"metric {key!r} is {value!r}, expected a number from 0"
-        if metrics["steps"] > self._steps:  # type: ignore[operator]
-            return f"metric 'steps' is {metrics['steps']}, expected at most {self._steps}"
-        config = self._sent[node_id].config_records[self.configrecord_key]
-        record = reply.content.array_records.get("half")
-        if not config["send-half"]:
-            return None
-        came = {} if record is None else {k: tuple(a.shape) for k, a in record.items()}
-        for key, array in self._half.items():
-            if came.get(key) != array.shape:
-                return f"array 'half/{key}' has shape {came.get(key)}, expected {array.shape}"
-        return None
-
-    def _mean_metrics(self, replies: list[Message]) -> MetricRecord | None:
-        told = [reply.content for reply in replies]
-        weights = [c.metric_records["metrics"][self.weighted_by_key] for c in told]
-        if not told or not sum(weights) > 0:  # type: ignore[arg-type]
-            return None
-        told = [RecordDict({"metrics": c.metric_records["metrics"]}) for c in told]
-        return self.train_metrics_aggr_fn(told, self.weighted_by_key)
-
-
-NO_SCHEDULE = {"prune-start": 1, "prune-ramp": 0, "prune-every": 1}
-
-
-@contextmanager
-def _local_exchange(handlers: Mapping[str, Handler]) -> Iterator[tuple[str, str]]:
-    token = secrets.token_urlsafe(24)
-    with closing(TensorStore()) as store, ExchangeServer(store, token, handlers) as server:
-        yield server.url, token
-
-
-def _steps(config: ConfigRecord) -> int:
-    steps = config.get("local-steps")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(
-            f"'local-steps' is {steps!r} in the train_config, expected a whole number from 1"
-        )
-    return steps
-
-
-def _number(config: ConfigRecord, key: str, default: float) -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise ValueError(f"{key!r} is {value!r} in the train_config, expected a number from 0")
-    return value

@@ -1,0 +1,107 @@
+"""What a strategy of split training needs all along: its server half, its nodes, their replies."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
+
+from flwr_moe.exchange.app import Handler
+from flwr_moe.exchange.request import Refused
+from flwr_moe.network import HorizonReached, MeteredGrid, SimulatedGrid
+from flwr_moe.network.nodes import NodeProfile
+from flwr_moe.split.codecs import Chain, Role
+from flwr_moe.split.cut import Split
+from flwr_moe.split.protocol import HANDLER
+from flwr_moe.split.session import LossFn, SplitSession
+from flwr_moe.strategies.split_replies import why_unusable
+from flwr_moe.strategies.split_setup import number, open_session
+
+
+class SplitServing(FedAvg):
+    """Base of `SplitFed`, which sets these attributes and says what they are."""
+
+    split: Split
+    codecs: dict[Role, Chain]
+    server: str
+    interval: int
+    clip: float
+    loss_fn: LossFn
+    seed: int
+    _rng: random.Random
+    _grid: SimulatedGrid | MeteredGrid | None
+    _session: SplitSession | None
+    _last_round: int
+    _steps: int
+    _half: dict[str, Any]
+    _sent: dict[int, RecordDict]
+
+    @property
+    def handlers(self) -> Mapping[str, Handler]:
+        """What the exchange at ``exchange_url`` answers calls with."""
+        return {HANDLER: self._answer}
+
+    @property
+    def _network(self) -> SimulatedGrid | MeteredGrid:
+        if self._grid is None:
+            raise ValueError(f"{type(self).__name__} runs by start(), which has not been called")
+        return self._grid
+
+    @property
+    def _running(self) -> SplitSession:
+        if self._session is None:
+            raise ValueError(f"{type(self).__name__} runs by start(), which has not been called")
+        return self._session
+
+    def _answer(
+        self, tensors: dict[str, Tensor], metadata: dict[str, str]
+    ) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+        if self._session is None:
+            raise Refused("no run has been started", 409)
+        return self._session.handle(tensors, metadata)
+
+    def _open_session(
+        self, state: Mapping[str, Tensor], config: ConfigRecord | None
+    ) -> SplitSession:
+        return open_session(
+            copy.deepcopy(self.split),
+            state,
+            self.codecs,
+            server=self.server,
+            seed=int(number(config or ConfigRecord(), "seed", self.seed)),
+            clip=self.clip,
+            loss_fn=self.loss_fn,
+        )
+
+    def _averages(self, server_round: int) -> bool:
+        return server_round % self.interval == 0 or server_round == self._last_round
+
+    def _wait(self, network: SimulatedGrid | MeteredGrid, least: int) -> dict[int, NodeProfile]:
+        while len(list(network.grid.get_node_ids())) < least:
+            if network.now >= network.horizon_s:
+                raise HorizonReached
+            time.sleep(0.2)
+        return network.profiles()
+
+    def _sample(self, nodes: list[NodeProfile]) -> list[NodeProfile]:
+        size = min(max(int(len(nodes) * self.fraction_train), self.min_train_nodes), len(nodes))
+        chosen = {node.node_id for node in self._rng.sample(nodes, size)}
+        return [node for node in nodes if node.node_id in chosen]
+
+    def _why_unusable(self, reply: Message) -> str | None:
+        """Say why a reply cannot be used, None if it can."""
+        if reply.has_error():
+            return reply.error.reason
+        sent = self._sent.get(reply.metadata.src_node_id)
+        if sent is None:
+            return "the reply answers nothing"
+        sends_half = sent.config_records[self.configrecord_key]["send-half"]
+        return why_unusable(
+            sent, reply.content, self._steps, self.weighted_by_key, self._half if sends_half else {}
+        )
