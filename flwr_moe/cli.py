@@ -90,7 +90,9 @@ def _parser() -> _Parser:
     compare.lists_settings = True
     compare.add_argument("systems", nargs="+", metavar="SYSTEM", help="ems-fl, fedavg, …")
     compare.add_argument("--task", metavar="T", help="what is learnt; default: digits")
-    compare.add_argument("--links", metavar="L", help="satellite or fixed; default: satellite")
+    compare.add_argument(
+        "--links", metavar="L", help="satellite, wireless, fixed or trace; default: satellite"
+    )
     compare.add_argument(
         "--seeds", metavar="N", type=int, default=1, help="number of seeds; default: 1"
     )

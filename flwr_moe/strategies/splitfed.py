@@ -141,6 +141,7 @@ class SplitFed(SplitServing):
         self._met: set[int] = set()
         self._address = "", ""
         self._sent: dict[int, RecordDict] = {}
+        self._partitions: dict[int, int] = {}
         self._steps = 0
         self._last_round = 0
         self.unfinished: dict[int, int] = {}
@@ -218,6 +219,8 @@ class SplitFed(SplitServing):
             number(config, "learning-rate", self.learning_rate),
         )
         self._sent = {}
+        # A node may be gone when its reply is read: who it was is noted now.
+        self._partitions = {node.node_id: node.partition_id for node in nodes}
         messages = []
         for node in nodes:
             order = ConfigRecord(self._order(server_round, node, config))
@@ -234,7 +237,7 @@ class SplitFed(SplitServing):
         """Close the round at the server half, and average the client halves if it is time."""
         network, done = self._network, self._running.end_round()
         self.batches += sum(done.values())
-        partitions = {node_id: n.partition_id for node_id, n in network.profiles().items()}
+        partitions = self._partitions
         order = [m for m in replies if m.metadata.src_node_id in partitions]
         order.sort(key=lambda m: partitions[m.metadata.src_node_id])
         heard = []
@@ -251,7 +254,7 @@ class SplitFed(SplitServing):
             heard.append(reply)
         told = {m.metadata.src_node_id for m in heard}
         for node_id in self._sent:
-            partition = partitions.get(node_id, -1)
+            partition = partitions[node_id]
             if done.get(partition, 0) < self._steps:
                 self.unfinished[partition] = self.unfinished.get(partition, 0) + 1
         self._met |= told
