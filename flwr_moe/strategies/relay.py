@@ -60,7 +60,9 @@ def relay_experts(
         a_PP = _matrix(layer, pool, plans)
         for name in moe.parts:
             stacked = [experts[client][part_name(layer, e, name)] for client, e in pool]
-            flat_PN = mix(a_PP, np.stack([a.astype(np.float32).ravel() for a in stacked]))
+            flat_PN = np.stack([a.astype(np.float32).ravel() for a in stacked])
+            # In place: what is read is in the cache when it is written.
+            mix(a_PP, flat_PN, out=flat_PN)
             for (client, e), row, like in zip(pool, flat_PN, stacked, strict=True):
                 key = part_name(layer, e, name)
                 mixed[client][0][key] = cast_like(row.reshape(like.shape), like)
