@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flwr_moe.app.config import Settings
 from flwr_moe.app.spec import ConfigError
+from flwr_moe.split.calibrate import calibrated
 from flwr_moe.strategies import FedSL, SplitFed
 from flwr_moe.tasks import Task
 
@@ -44,6 +47,10 @@ def build_split(name: str, settings: Settings, task: Task, seed: int) -> SplitFe
     with torch.device("meta"):
         model = task.build_model()
     nodes = task.num_clients
+
+    def calibrate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return calibrated(task.build_model(), state, task.public_data().x)
+
     kwargs: dict[str, Any] = {
         "server": settings.fedsl_server,
         "clip": settings.fedsl_clip,
@@ -51,6 +58,7 @@ def build_split(name: str, settings: Settings, task: Task, seed: int) -> SplitFe
         "exchange_timeout_s": settings.fedsl_timeout_s,
         "min_train_nodes": nodes,
         "min_available_nodes": nodes,
+        "calibrate": calibrate,
         "seed": seed,
     }
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from logging import INFO, WARNING
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from flwr_moe.client_apps.split import SPLIT_STEPS, SPLIT_TRAIN
@@ -39,6 +39,7 @@ from flwr_moe.strategies.split_setup import (
     number,
 )
 
+Calibrate = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
@@ -78,6 +79,9 @@ class SplitFed(SplitServing):
         the loopback address, where simulated nodes find them.
     exchange_timeout_s : float
         Wall seconds that a device waits for the answer to a batch.
+    calibrate : callable, optional
+        Applied to the whole model's state at every average, see
+        :func:`~flwr_moe.split.calibrate.calibrated`.
     seed : int
         For sampling clients, and for random layers of the server half.
 
@@ -93,8 +97,7 @@ class SplitFed(SplitServing):
     of the last average of the client halves, under its own names. A client that fails in
     mid-round costs the batches it did not do. ``min_available_nodes`` are waited for before the
     first round; later rounds go on with the nodes that are left, and with those that have joined.
-    With copies and an interval of 1 the result is that
-    of FedAvg on the whole model.
+    With copies and an interval of 1 the result is that of FedAvg on the whole model.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class SplitFed(SplitServing):
         exchange_url: str = "",
         exchange_token: str = "",
         exchange_timeout_s: float = 60.0,
+        calibrate: Calibrate | None = None,
         seed: int = 0,
         fraction_evaluate: float = 0.0,
         **kwargs: Any,
@@ -125,7 +129,7 @@ class SplitFed(SplitServing):
         self.server_speedup = server_speedup
         self.exchange_url, self.exchange_token = exchange_url, exchange_token
         self.exchange_timeout_s = exchange_timeout_s
-        self.seed = seed
+        self.calibrate, self.seed = calibrate, seed
         self.codecs: dict[Role, Chain] = cut_codecs()
         self.reset()
 
@@ -267,6 +271,9 @@ class SplitFed(SplitServing):
             self._version += 1
             self._informed = set()
             joined = {**self._half, **to_arrays(ArrayRecord(self._running.state_dict()))}
+            if self.calibrate is not None:
+                whole = to_record(joined).to_torch_state_dict()
+                joined = to_arrays(ArrayRecord(self.calibrate(whole)))
             self._snapshot = to_record({key: joined[key] for key in self._snapshot})
         key = self.weighted_by_key
         figures = metrics_of(heard, key)
