@@ -273,7 +273,7 @@ class SplitFed(SplitServing):
             joined = {**self._half, **to_arrays(ArrayRecord(self._running.state_dict()))}
             if self.calibrate is not None:
                 whole = to_record(joined).to_torch_state_dict()
-                joined = to_arrays(ArrayRecord(self.calibrate(whole)))
+                joined = to_arrays(ArrayRecord(dict(self.calibrate(whole))))
             self._snapshot = to_record({key: joined[key] for key in self._snapshot})
         key = self.weighted_by_key
         figures = metrics_of(heard, key)
