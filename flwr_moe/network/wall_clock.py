@@ -230,7 +230,7 @@ class GatedGrid(MeteredGrid):
             if not came:
                 time.sleep(self._nap_s(waiting, deadline))
         self.abandon(waiting)
-        return replies
+        return self.by_partition(replies)
 
     def holds(self, message_ids: Iterable[str]) -> bool:
         """Whether any of these messages still waits for a pass."""

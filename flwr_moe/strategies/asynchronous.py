@@ -18,6 +18,7 @@ from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.wall_clock import MESSAGE_TTL_S
 from flwr_moe.strategies.averaging import Arrays, to_arrays, to_record
 from flwr_moe.strategies.events import EventLoop
+from flwr_moe.strategies.nodes import sample
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -145,7 +146,7 @@ class AsyncStrategy(FedAvg):
         self.summary()
         self.reset()
         nodes = list(loop.wait_for_nodes(self.min_available_nodes))
-        at_work = self._sample(nodes, self.fraction_train, self.min_train_nodes)
+        at_work = sample(nodes, self.fraction_train, self.min_train_nodes, self._rng)
         run = _Run(
             loop=loop,
             arrays=to_arrays(initial_arrays),
@@ -183,7 +184,7 @@ class AsyncStrategy(FedAvg):
     ) -> Iterable[Message]:
         """Write the messages that ask for clients' own evaluation, sampled by the seed."""
         nodes = list(grid.get_node_ids())
-        chosen = self._sample(nodes, self.fraction_evaluate, self.min_evaluate_nodes)
+        chosen = sample(nodes, self.fraction_evaluate, self.min_evaluate_nodes, self._rng)
         order = ConfigRecord({**config, "server-round": server_round})
         record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: order})
         return self._construct_messages(record, chosen, MessageType.EVALUATE)
@@ -262,11 +263,6 @@ class AsyncStrategy(FedAvg):
             return
         if metrics is not None:
             run.result.evaluate_metrics_clientapp[server_round] = metrics
-
-    def _sample(self, nodes: list[int], fraction: float, least: int) -> list[int]:
-        size = min(max(int(len(nodes) * fraction), least), len(nodes))
-        chosen = set(self._rng.sample(nodes, size))
-        return [node for node in nodes if node in chosen]
 
     def _next_node(self, done: int, nodes: list[int], at_work: list[int]) -> int:
         """Return the node that just finished or, where only some train, one that is free."""

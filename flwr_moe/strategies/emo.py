@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from flwr_moe.client_apps.overlay import tap_output
-from flwr_moe.network import MeteredGrid, SimulatedGrid
+from flwr_moe.network import SimulatedGrid
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.overlay.block import fingerprint, shapes_of
 from flwr_moe.overlay.controller import Controller, Convergence
@@ -26,6 +26,7 @@ from flwr_moe.split.cut import split_model
 from flwr_moe.strategies.emo_grid import MeteredDevices, SimulatedDevices
 from flwr_moe.strategies.emo_run import EMORun
 from flwr_moe.strategies.events import EventLoop
+from flwr_moe.strategies.nodes import with_clock
 from flwr_moe.tasks import Samples, accuracy_and_loss, predict
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -213,8 +214,7 @@ class EMO(Strategy):
         Parameters and result are those of the base's ``start``; afterwards `ensemble` gives the
         larger model.
         """
-        if not isinstance(grid, SimulatedGrid | MeteredGrid):
-            grid = MeteredGrid(grid, patience_s=min(timeout, 300.0))
+        grid = with_clock(grid, timeout)
         self.run_name = self.given_name or str(grid.run.run_id)
         self.run = run = EMORun(self, EventLoop(grid, timeout))
         run.arrays = initial_arrays

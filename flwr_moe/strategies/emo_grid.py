@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from flwr_moe.network import Ledger, MeteredGrid, NodeProfile, SimulatedGrid
 from flwr_moe.network.flower_adapter import NodeInfo, Run
+from flwr_moe.network.wrapped import WrappedGrid
 
 POLL_S = 0.2
 DEVICE = "device"
+Network = TypeVar("Network", SimulatedGrid, MeteredGrid)
 
 
 class Aside(Protocol):
@@ -33,32 +35,10 @@ class Aside(Protocol):
         ...
 
 
-class SimulatedDevices(SimulatedGrid):
-    """A simulated Grid of the devices alone; other messages travel beside.
+class _DevicesOnly(WrappedGrid, Generic[Network]):
+    """A Grid of the devices alone around one of all nodes; it has no state of its own."""
 
-    What goes beside is sent after the strategy's own messages of the same moment, so that a
-    device's activations travel after its round's reply. They do share link and processor with what
-    comes later.
-
-    Parameters
-    ----------
-    network : SimulatedGrid
-        With all nodes; its clock, links and ledger are this Grid's too.
-    aside : Aside
-        What goes beside.
-
-    Notes
-    -----
-    Source: ours. Replies of `send_and_receive` come in order of partition id, so that averages do
-    not depend on who was faster.
-    """
-
-    def __init__(self, network: SimulatedGrid, aside: Aside) -> None:
-        # Nothing of its own: all state is the network's.
-        self._network, self._aside = network, aside
-        self._waiting: set[str] = set()
-        self.links = network.links
-        self.horizon_s = network.horizon_s
+    _network: Network
 
     @property
     def grid(self) -> Grid:  # type: ignore[override]
@@ -66,12 +46,12 @@ class SimulatedDevices(SimulatedGrid):
         return self
 
     @property
-    def now(self) -> float:  # type: ignore[override]
-        """Virtual seconds."""
+    def now(self) -> float:
+        """Seconds on the network's clock."""
         return self._network.now
 
     @property
-    def ledger(self) -> Ledger:  # type: ignore[override]
+    def ledger(self) -> Ledger:
         """The network's ledger."""
         return self._network.ledger
 
@@ -99,6 +79,38 @@ class SimulatedDevices(SimulatedGrid):
     def roll_call(self) -> dict[int, NodeProfile]:
         """Ask every node who it is."""
         return devices_of(self._network.roll_call())
+
+    def by_partition(self, replies: Iterable[Message]) -> list[Message]:
+        """Sort replies by partition id, as the network does."""
+        return self._network.by_partition(replies)
+
+
+class SimulatedDevices(_DevicesOnly[SimulatedGrid], SimulatedGrid):  # type: ignore[override]
+    """A simulated Grid of the devices alone; other messages travel beside.
+
+    What goes beside is sent after the strategy's own messages of the same moment, so that a
+    device's activations travel after its round's reply. They do share link and processor with what
+    comes later.
+
+    Parameters
+    ----------
+    network : SimulatedGrid
+        With all nodes; its clock, links and ledger are this Grid's too.
+    aside : Aside
+        What goes beside.
+
+    Notes
+    -----
+    Source: ours. Replies of `send_and_receive` come in order of partition id, so that averages do
+    not depend on who was faster.
+    """
+
+    def __init__(self, network: SimulatedGrid, aside: Aside) -> None:
+        # Nothing of its own: all state is the network's.
+        self._network, self._aside = network, aside
+        self._waiting: set[str] = set()
+        self.links = network.links
+        self.horizon_s = network.horizon_s
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send the strategy's messages, and then what waits beside."""
@@ -138,7 +150,7 @@ class SimulatedDevices(SimulatedGrid):
             done = {reply.metadata.reply_to_message_id for reply in batch}
             waiting = [i for i in waiting if i not in done]
         self.abandon(waiting)
-        return in_order(replies, self.profiles())
+        return self.by_partition(replies)
 
     def abandon(self, message_ids: list[str]) -> None:
         """Give up waiting for messages."""
@@ -146,7 +158,7 @@ class SimulatedDevices(SimulatedGrid):
         self._network.abandon(message_ids)
 
 
-class MeteredDevices(MeteredGrid):
+class MeteredDevices(_DevicesOnly[MeteredGrid], MeteredGrid):  # type: ignore[override]
     """As `SimulatedDevices`, on real links.
 
     Parameters
@@ -160,46 +172,6 @@ class MeteredDevices(MeteredGrid):
     def __init__(self, network: MeteredGrid, aside: Aside) -> None:
         self._network, self._aside = network, aside
         self.horizon_s = network.horizon_s
-
-    @property
-    def grid(self) -> Grid:  # type: ignore[override]
-        """The Grid of the devices, which is this one."""
-        return self
-
-    @property
-    def now(self) -> float:
-        """Seconds on the network's clock."""
-        return self._network.now
-
-    @property
-    def ledger(self) -> Ledger:  # type: ignore[override]
-        """The network's ledger."""
-        return self._network.ledger
-
-    @property
-    def run(self) -> Run:
-        """The network's run."""
-        return self._network.run
-
-    def set_run(self, run: Run) -> None:
-        """Hand the run to the network."""
-        self._network.set_run(run)
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Node descriptions of the network."""
-        return self._network.get_nodes()
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Node ids of the devices in order of partition id."""
-        return list(self.profiles())
-
-    def profiles(self) -> dict[int, NodeProfile]:
-        """Profiles of the devices."""
-        return devices_of(self._network.profiles())
-
-    def roll_call(self) -> dict[int, NodeProfile]:
-        """Ask every node who it is."""
-        return devices_of(self._network.roll_call())
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send the strategy's messages, and then what waits beside."""
@@ -233,7 +205,7 @@ class MeteredDevices(MeteredGrid):
             if not came:
                 time.sleep(POLL_S)
         self.abandon(waiting)
-        return in_order(replies, self.profiles())
+        return self.by_partition(replies)
 
     def holds(self, message_ids: Iterable[str]) -> bool:
         """Whether any of these messages still waits for a pass."""
@@ -256,10 +228,3 @@ def divide(replies: Iterable[Message], ids: set[str]) -> tuple[list[Message], li
     for reply in replies:
         (own if reply.metadata.reply_to_message_id in ids else others).append(reply)
     return own, others
-
-
-def in_order(replies: list[Message], profiles: dict[int, NodeProfile]) -> list[Message]:
-    """Sort replies by partition id; errors that name no node come last."""
-    last = len(profiles) + max((n.partition_id for n in profiles.values()), default=0)
-    rank = {node_id: node.partition_id for node_id, node in profiles.items()}
-    return sorted(replies, key=lambda reply: rank.get(reply.metadata.src_node_id, last))

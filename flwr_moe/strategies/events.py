@@ -11,9 +11,10 @@ from logging import WARNING
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from flwr_moe.network import MeteredGrid, SimulatedGrid, check_reply
+from flwr_moe.network import SimulatedGrid, check_reply
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import NodeProfile
+from flwr_moe.strategies.nodes import with_clock
 
 POLL_S = 0.2
 
@@ -40,10 +41,7 @@ class EventLoop:
     """
 
     def __init__(self, grid: Grid, timeout: float = math.inf) -> None:
-        # A plain Grid gets a clock and a ledger too, so that nothing below has to ask.
-        if not isinstance(grid, SimulatedGrid | MeteredGrid):
-            grid = MeteredGrid(grid, patience_s=min(timeout, 300.0))
-        self.grid: SimulatedGrid | MeteredGrid = grid
+        self.grid = with_clock(grid, timeout)
         self.timeout = timeout
         self.events: Counter[str] = Counter()
         self._sent: dict[str, Message] = {}

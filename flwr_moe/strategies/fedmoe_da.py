@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterable, Sequence
 from logging import INFO, WARNING
 from typing import Any
@@ -20,7 +19,6 @@ from flwr_moe.experts.layout import part_name
 from flwr_moe.experts.mixing_plan import Ingredient, mixing_plans, plan_to_config
 from flwr_moe.network import (
     MESSAGE_TTL_S,
-    HorizonReached,
     MeteredGrid,
     SimulatedGrid,
     check_reply,
@@ -28,6 +26,7 @@ from flwr_moe.network import (
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import EXCHANGE_URL, NodeProfile
 from flwr_moe.strategies.averaging import Arrays, to_arrays, to_record, weighted_mean
+from flwr_moe.strategies.nodes import sample, wait_for, with_clock
 from flwr_moe.strategies.relay import relay_experts
 
 GATES = ("mixed", "local", "average")
@@ -160,9 +159,7 @@ class FedMoEDA(FedAvg):
         is personal, are as they started: the trained ones are with the clients.
         """
         self.reset()
-        if not isinstance(grid, SimulatedGrid | MeteredGrid):
-            grid = MeteredGrid(grid, patience_s=min(timeout, 300.0))
-        self._grid = grid
+        self._grid = grid = with_clock(grid, timeout)
         self._state = to_arrays(initial_arrays)
         return super().start(
             grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
@@ -174,7 +171,7 @@ class FedMoEDA(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Write every sampled client's order: what it mixes, and whether it reports its gate."""
-        profiles = self._wait(self.min_available_nodes if server_round == 1 else 1)
+        profiles = wait_for(self._network, self.min_available_nodes if server_round == 1 else 1)
         self._clients = {node_id: node.partition_id for node_id, node in profiles.items()}
         # Kept for clients that leave: their exchanges may well be there still.
         self._urls |= {
@@ -190,7 +187,8 @@ class FedMoEDA(FedAvg):
         )
         self._sent = {}
         messages = []
-        for node in self._sample(list(profiles.values())):
+        nodes = list(profiles.values())
+        for node in sample(nodes, self.fraction_train, self.min_train_nodes, self._rng):
             content = self._order(server_round, node, config)
             experts, rows = relayed.get(node.partition_id, ({}, {}))
             if experts:
@@ -254,19 +252,6 @@ class FedMoEDA(FedAvg):
         if self._grid is None:
             raise ValueError("FedMoEDA runs by start(), which has not been called")
         return self._grid
-
-    def _wait(self, least: int) -> dict[int, NodeProfile]:
-        network = self._network
-        while len(list(network.grid.get_node_ids())) < least:
-            if network.now >= network.horizon_s:
-                raise HorizonReached
-            time.sleep(0.2)
-        return network.profiles()
-
-    def _sample(self, nodes: list[NodeProfile]) -> list[NodeProfile]:
-        size = min(max(int(len(nodes) * self.fraction_train), self.min_train_nodes), len(nodes))
-        chosen = {node.node_id for node in self._rng.sample(nodes, size)}
-        return [node for node in nodes if node.node_id in chosen]
 
     def _order(self, server_round: int, node: NodeProfile, config: ConfigRecord) -> RecordDict:
         client = node.partition_id

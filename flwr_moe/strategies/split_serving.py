@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from flwr_moe.exchange.app import Handler
 from flwr_moe.exchange.request import Refused
-from flwr_moe.network import HorizonReached, MeteredGrid, SimulatedGrid
-from flwr_moe.network.nodes import NodeProfile
+from flwr_moe.network import MeteredGrid, SimulatedGrid
 from flwr_moe.split.codecs import Chain, Role
 from flwr_moe.split.cut import Split
 from flwr_moe.split.protocol import HANDLER
@@ -81,18 +79,6 @@ class SplitServing(FedAvg):
 
     def _averages(self, server_round: int) -> bool:
         return server_round % self.interval == 0 or server_round == self._last_round
-
-    def _wait(self, network: SimulatedGrid | MeteredGrid, least: int) -> dict[int, NodeProfile]:
-        while len(list(network.grid.get_node_ids())) < least:
-            if network.now >= network.horizon_s:
-                raise HorizonReached
-            time.sleep(0.2)
-        return network.profiles()
-
-    def _sample(self, nodes: list[NodeProfile]) -> list[NodeProfile]:
-        size = min(max(int(len(nodes) * self.fraction_train), self.min_train_nodes), len(nodes))
-        chosen = {node.node_id for node in self._rng.sample(nodes, size)}
-        return [node for node in nodes if node.node_id in chosen]
 
     def _why_unusable(self, reply: Message) -> str | None:
         """Say why a reply cannot be used, None if it can."""

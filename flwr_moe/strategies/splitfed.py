@@ -29,6 +29,7 @@ from flwr_moe.split.meta import ExampleInputs
 from flwr_moe.split.session import LossFn, SplitSession
 from flwr_moe.strategies.averaging import to_arrays, to_record, weighted_mean
 from flwr_moe.strategies.in_turn import InTurn
+from flwr_moe.strategies.nodes import sample, wait_for, with_clock
 from flwr_moe.strategies.split_replies import halves_of, metrics_of
 from flwr_moe.strategies.split_serving import SplitServing
 from flwr_moe.strategies.split_setup import (
@@ -181,9 +182,8 @@ class SplitFed(SplitServing):
             If the arrays are not the model's.
         """
         self.reset()
-        if not isinstance(grid, SimulatedGrid | MeteredGrid):
-            grid = MeteredGrid(grid, patience_s=min(timeout, 300.0))
-        self._grid, self._last_round = grid, num_rounds
+        self._grid = grid = with_clock(grid, timeout)
+        self._last_round = num_rounds
         state = initial_arrays.to_torch_state_dict()
         self._session = self._open_session(state, train_config)
         local_steps(train_config or ConfigRecord())
@@ -195,7 +195,7 @@ class SplitFed(SplitServing):
             if not self.exchange_url:
                 # Simulated nodes have all been started when they have answered: a process that
                 # is forked while a server's threads run may hang.
-                self._wait(grid, self.min_available_nodes)
+                wait_for(grid, self.min_available_nodes)
                 self._address = stack.enter_context(local_exchange(self.handlers))
             return super().start(
                 grid if self.server == "copies" else InTurn(grid),
@@ -214,7 +214,8 @@ class SplitFed(SplitServing):
     ) -> Iterable[Message]:
         """Open the round at the server half, and write every sampled client's order."""
         least = self.min_available_nodes if server_round == 1 else 1
-        nodes = self._sample(list(self._wait(self._network, least).values()))
+        nodes = list(wait_for(self._network, least).values())
+        nodes = sample(nodes, self.fraction_train, self.min_train_nodes, self._rng)
         self._steps = local_steps(config)
         self._running.begin_round(
             server_round,
