@@ -2,8 +2,8 @@
 
     python benchmarks/fedsl_table.py --data DIR --seeds 1 --out runs/fedsl-table.md
 
-CIFAR-10 (8,000 training images, all test images), 8 clients, a small VGG at half width, the settings
-of README. Prints one JSON line per run and writes a Markdown table.
+CIFAR-10 (8,000 training images, all test images), 8 clients, a small VGG at half width, the
+settings of README. Prints one JSON line per run and writes a Markdown table.
 """
 
 from __future__ import annotations
