@@ -299,7 +299,7 @@ def recipe_of(config: ConfigRecord) -> Recipe:
         label_smoothing=_number(config, "label-smoothing"),
         mixup=_number(config, "mixup"),
         augment=bool(config.get("augment", True)),
-        balance=str(config.get("balance", "both")),
+        balance=str(config.get("balance", "class")),
     )
 
 

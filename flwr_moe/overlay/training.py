@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flwr_moe.overlay.draws import Batch
+from flwr_moe.split.step import quick_layout
 
 WARM_UP = 0.1
 Draw = Callable[[int, np.random.Generator, str], Batch]
@@ -52,7 +53,7 @@ class Recipe:
     label_smoothing: float = 0.1
     mixup: float = 0.0
     augment: bool = True
-    balance: str = "both"
+    balance: str = "class"
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
@@ -92,7 +93,7 @@ class Trainee:
     """
 
     def __init__(self, tail: nn.Module, recipe: Recipe) -> None:
-        self.tail, self.recipe, self.step = tail, recipe, 0
+        self.tail, self.recipe, self.step = quick_layout(tail), recipe, 0
         self._optimiser = torch.optim.AdamW(
             tail.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
