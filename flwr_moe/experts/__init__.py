@@ -1,7 +1,13 @@
 """Mixture-of-experts layers, expert layouts, affinity, gate fitting and assignment."""
 
-from flwr_moe.experts.affinity import AffinitySum, captured_mass, gate_affinity
+from flwr_moe.experts.affinity import (
+    AffinitySum,
+    captured_mass,
+    gate_affinity,
+    gate_probabilities,
+)
 from flwr_moe.experts.assignment import assign_experts
+from flwr_moe.experts.families import Family, register_family, repair_nllb
 from flwr_moe.experts.gate_fit import (
     Discriminants,
     GateStatistics,
@@ -15,7 +21,12 @@ from flwr_moe.experts.mixture import (
     mixed_log_probs,
     most_probable_log_probs,
 )
-from flwr_moe.experts.probe import affinity_from_inputs, gate_inputs, sample_features
+from flwr_moe.experts.probe import (
+    affinity_from_inputs,
+    gate_inputs,
+    probabilities_from_input,
+    sample_features,
+)
 from flwr_moe.experts.random_features import RandomFeatures, median_gamma
 from flwr_moe.experts.restrict import restricted_gate
 from flwr_moe.experts.similarity import cosine_similarity, mix, mixing_matrix, nearest
@@ -25,6 +36,7 @@ __all__ = [
     "AffinitySum",
     "Discriminants",
     "ExpertLayout",
+    "Family",
     "GateStatistics",
     "RandomFeatures",
     "Router",
@@ -37,12 +49,16 @@ __all__ = [
     "fit_discriminants",
     "gate_affinity",
     "gate_inputs",
+    "gate_probabilities",
     "median_gamma",
     "mix",
     "mixed_log_probs",
     "mixing_matrix",
     "most_probable_log_probs",
     "nearest",
+    "probabilities_from_input",
+    "register_family",
+    "repair_nllb",
     "restricted_gate",
     "sample_features",
     "split_among_experts",

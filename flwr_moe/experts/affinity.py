@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from flwr_moe.experts.families import family_named
 from flwr_moe.experts.layout import ExpertLayout
+from flwr_moe.experts.moe_layer import MoELayer
 from flwr_moe.experts.restrict import gate_logits
 
 
@@ -72,7 +74,7 @@ def gate_affinity(model: nn.Module, layout: ExpertLayout, batches: Iterable[Any]
     Parameters
     ----------
     model : nn.Module
-        A model whose gates return logits (..., E).
+        A model whose gates return logits (..., E), unless their family says otherwise.
     layout : ExpertLayout
         Layout of `model`.
     batches : iterable
@@ -94,12 +96,10 @@ def gate_affinity(model: nn.Module, layout: ExpertLayout, batches: Iterable[Any]
     count_L = np.zeros(layout.num_layers, dtype=np.int64)
 
     def counting_hook(i: int) -> Any:
-        name, num_experts = layout.moe_layers[i].gate, layout.layers[i]
-
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            logits = gate_logits(output, name, num_experts).reshape(-1, num_experts)
-            sum_LE[i, :num_experts] += logits.double().softmax(-1).sum(0).cpu().numpy()
-            count_L[i] += len(logits)
+            probs_TE = gate_probabilities(layout.moe_layers[i], output)
+            sum_LE[i, : layout.layers[i]] += probs_TE.sum(0).cpu().numpy()
+            count_L[i] += len(probs_TE)
 
         return hook
 
@@ -111,16 +111,39 @@ def gate_affinity(model: nn.Module, layout: ExpertLayout, batches: Iterable[Any]
         model.eval()
         try:
             for batch in batches:
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                elif isinstance(batch, tuple | list):
-                    model(*batch)
-                else:
-                    model(batch)
+                call_model(model, batch)
         finally:
             for module, training in modes:
                 module.training = training
     return AffinitySum(sum_LE, count_L)
+
+
+def gate_probabilities(layer: MoELayer, output: Any) -> Tensor:
+    """Turn what a gate returned into probabilities (T, E), float64, by its family's function.
+
+    Parameters
+    ----------
+    layer : MoELayer
+        Layer of the gate.
+    output : Any
+        What the module ``layer.gate`` returned, for any number of tokens.
+
+    Raises
+    ------
+    ValueError
+        If it holds no logits.
+    """
+    logits_TE = gate_logits(output, layer).detach().reshape(-1, layer.num_experts)
+    return family_named(layer.family).probabilities(logits_TE.double())
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Call `model` with a tensor, or with arguments in a tuple or list or keywords in a mapping."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
 
 
 def captured_mass(affinity_KE: ArrayLike, owner: ArrayLike) -> float:

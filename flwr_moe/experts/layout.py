@@ -49,9 +49,11 @@ class ExpertLayout:
     def of(cls, model: nn.Module, *, num_experts: int | None = None) -> ExpertLayout:
         """Find the experts of `model`: children named ``experts`` with a gate beside them.
 
-        Experts are either an ``nn.ModuleList`` or a module with fused tensors whose dim 0 is the
-        number of experts (3-D weights, 2-D biases). The gate is the sibling called ``gate`` or
-        ``router``; its weight has one row per expert. The model may be on the meta device.
+        Experts are either an ``nn.ModuleList`` (or an ``nn.ModuleDict`` of numbered names) or a
+        module with fused tensors whose dim 0 is the number of experts (3-D weights, 2-D biases).
+        The gate is the sibling called ``gate`` or ``router``; its weight has one row per expert.
+        `flwr_moe.experts.families` says which models of transformers are known, and how to add
+        another kind. The model may be on the meta device.
 
         Parameters
         ----------
@@ -63,8 +65,8 @@ class ExpertLayout:
         Raises
         ------
         ValueError
-            If the model has no experts, a gate is missing or does not fit, or the experts of one
-            list differ in their tensors.
+            If the model has no experts, a block of transformers is of no known family, a gate is
+            missing or does not fit, or the experts of one list differ in their tensors.
         """
         layers = tuple(
             read_block(name, block, num_experts)
@@ -74,7 +76,8 @@ class ExpertLayout:
         if not layers:
             raise ValueError(
                 f"{type(model).__name__} has no experts: no child module named 'experts' found "
-                "(expected an nn.ModuleList, or fused tensors, next to a 'gate' or 'router')"
+                "(expected an nn.ModuleList, or fused tensors, next to a 'gate' or 'router'); "
+                "flwr_moe.experts.lora.add_lora_experts gives a dense model LoRA experts"
             )
         of_experts = {key for layer in layers for key in layer.state_keys()}
         state = model.state_dict()

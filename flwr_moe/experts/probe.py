@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flwr_moe.experts.affinity import AffinitySum
+from flwr_moe.experts.affinity import AffinitySum, call_model
+from flwr_moe.experts.families import family_named
 from flwr_moe.experts.layout import ExpertLayout
+from flwr_moe.experts.moe_layer import MoELayer
 
 
 @torch.no_grad()
-def gate_inputs(model: nn.Module, layout: ExpertLayout, x: Tensor) -> list[Tensor]:
+def gate_inputs(model: nn.Module, layout: ExpertLayout, x: Any) -> list[Tensor]:
     """Return what the gate of every layer sees when the model reads ``x``.
 
     Parameters
@@ -28,8 +30,8 @@ def gate_inputs(model: nn.Module, layout: ExpertLayout, x: Tensor) -> list[Tenso
         The full model or a submodel; put into evaluation mode for the pass.
     layout : ExpertLayout
         Layout of the full model.
-    x : Tensor, shape (B, ...)
-        Inputs.
+    x : Tensor, shape (B, ...), tuple or mapping
+        Inputs: the model's only argument, its positional or its keyword arguments.
 
     Returns
     -------
@@ -50,7 +52,7 @@ def gate_inputs(model: nn.Module, layout: ExpertLayout, x: Tensor) -> list[Tenso
             handle = model.get_submodule(layer.gate).register_forward_pre_hook(watch(i))
             stack.callback(handle.remove)
         model.eval()
-        model(x)
+        call_model(model, x)
     model.train(was_training)
     return seen
 
@@ -85,13 +87,36 @@ def affinity_from_inputs(
 
     Notes
     -----
-    Source: ours; for gates that are linear maps.
+    Source: ours; for gates that are linear maps before their family's function of the logits.
     """
     sum_LE = np.zeros((layout.num_layers, max(layout.layers)))
     count_L = np.zeros(layout.num_layers, dtype=np.int64)
-    for i, (x_TD, keys) in enumerate(zip(inputs, layout.gate_rows, strict=True)):
-        rows = {key.rsplit(".", 1)[-1]: torch.as_tensor(shared[key]) for key in keys}
-        logits_TE = functional.linear(x_TD, rows["weight"], rows.get("bias"))
-        sum_LE[i, : layout.layers[i]] = logits_TE.double().softmax(-1).sum(0).numpy()
+    for i, (x_TD, layer) in enumerate(zip(inputs, layout.moe_layers, strict=True)):
+        probs_TE = probabilities_from_input(x_TD, layer, shared)
+        sum_LE[i, : layer.num_experts] = probs_TE.sum(0).numpy()
         count_L[i] = len(x_TD)
     return AffinitySum(sum_LE, count_L)
+
+
+def probabilities_from_input(x_TD: Tensor, layer: MoELayer, shared: Mapping[str, Any]) -> Tensor:
+    """Gate probabilities of all experts of one layer, (T, E) float64.
+
+    Parameters
+    ----------
+    x_TD : Tensor
+        What the gate sees, as :func:`gate_inputs` gives it.
+    layer : MoELayer
+        Layer of the full model.
+    shared : mapping
+        Shared tensors by their names in the state; the gate has a row for every expert.
+
+    Notes
+    -----
+    Source: ours; for gates that are linear maps before their family's function of the logits.
+    """
+    weight_ED = torch.as_tensor(shared[f"{layer.gate}.weight"])
+    dtype = torch.promote_types(x_TD.dtype, weight_ED.dtype)
+    bias_key = f"{layer.gate}.bias"
+    bias_E = torch.as_tensor(shared[bias_key]).to(dtype) if bias_key in layer.gate_rows else None
+    logits_TE = functional.linear(x_TD.to(dtype), weight_ED.to(dtype), bias_E)
+    return family_named(layer.family).probabilities(logits_TE.double())
