@@ -17,6 +17,10 @@ from flwr_moe.tasks import Task
 SPLIT_SYSTEMS = ("splitfed", "fedsl")
 CUTS = {"digits": "stem", "cifar10": "features.0"}
 """Where the models of the built-in tasks are cut if the settings do not say it."""
+TOP_CUTS = {"cifar10": "flatten"}
+"""Where they are cut a second time if labels stay on the devices: only the classifier is then the
+device's. The residual sum before the classifier of ``digits`` is no module, so nothing can be cut
+there. Other models are cut at the last place possible."""
 
 
 def build_split(name: str, settings: Settings, task: Task, seed: int) -> SplitFed:
@@ -47,12 +51,17 @@ def build_split(name: str, settings: Settings, task: Task, seed: int) -> SplitFe
     with torch.device("meta"):
         model = task.build_model()
     nodes = task.num_clients
+    top_cut = settings.fedsl_top_cut
+    if settings.fedsl_labels == "client" and not top_cut:
+        top_cut = TOP_CUTS.get(settings.task, "")
 
     def calibrate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return calibrated(task.build_model(), state, task.public_data().x)
 
     kwargs: dict[str, Any] = {
         "server": settings.fedsl_server,
+        "labels": settings.fedsl_labels,
+        "top_cut": top_cut,
         "clip": settings.fedsl_clip,
         "server_speedup": settings.fedsl_server_speedup,
         "exchange_timeout_s": settings.fedsl_timeout_s,
@@ -75,4 +84,5 @@ def build_split(name: str, settings: Settings, task: Task, seed: int) -> SplitFe
             **kwargs,
         )
     except ValueError as error:
-        raise ConfigError(f"fedsl.cut={cut!r}: {error}") from None
+        second = f", fedsl.top-cut={top_cut!r}" if settings.fedsl_labels == "client" else ""
+        raise ConfigError(f"fedsl.cut={cut!r}{second}: {error}") from None

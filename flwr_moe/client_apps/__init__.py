@@ -8,6 +8,7 @@ from flwr_moe.client_apps.overlay import overlay_mod, register_overlay
 from flwr_moe.client_apps.personal import personal_mod
 from flwr_moe.client_apps.split import register_split_training, train_half
 from flwr_moe.client_apps.training import TrainOrder, register_training
+from flwr_moe.client_apps.wire_mod import wire_mod
 
 __all__ = [
     "TrainOrder",
@@ -21,4 +22,5 @@ __all__ = [
     "register_split_training",
     "register_training",
     "train_half",
+    "wire_mod",
 ]

@@ -13,6 +13,7 @@ from flwr_moe.client_apps.overlay import ModelFn, overlay_mod, register_overlay
 from flwr_moe.client_apps.personal import personal_mod
 from flwr_moe.client_apps.split import register_split_training
 from flwr_moe.client_apps.training import TaskFn, partition_of, register_training
+from flwr_moe.client_apps.wire_mod import wire_mod
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.network.nodes import ROLL_CALL_ACTION, roll_call_reply
 
@@ -48,7 +49,7 @@ def build_client_app(
         lambda context: task_of(context).build_model(),
         lambda context: task_of(context).train_data(partition_of(context)),
     )
-    app = ClientApp(mods=[activations, personal_mod(layout_of)])
+    app = ClientApp(mods=[wire_mod, activations, personal_mod(layout_of)])
     register_training(app, task_of)
     register_expert_training(app, task_of)
     register_split_training(app, task_of)

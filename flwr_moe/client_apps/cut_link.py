@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flwr_moe.exchange import ExchangeClient
+from flwr_moe.network.traffic import ACTIVATION_BYTES, EXCHANGES, GRADIENT_BYTES
 from flwr_moe.split.codecs import Chain, CodecKey, Role
 from flwr_moe.split.protocol import (
     ACTIVATION,
@@ -19,7 +20,7 @@ from flwr_moe.split.protocol import (
     with_prefix,
     without_prefix,
 )
-from flwr_moe.split.wire import shape_text
+from flwr_moe.split.wire import Place, shape_text
 
 
 class CutLink:
@@ -57,6 +58,11 @@ class CutLink:
         self.activation_bytes = self.gradient_bytes = self.exchanges = self.server_flops = 0
         self.waited_s = 0.0
 
+    @property
+    def done(self) -> int:
+        """Batches done."""
+        return self.exchanges
+
     def send(
         self, activation: Tensor, context: Sequence[Tensor], labels: Tensor
     ) -> tuple[Tensor, float]:
@@ -69,36 +75,55 @@ class CutLink:
         ValueError
             If the activation is not finite, or the answer does not fit it.
         """
-        number = self.exchanges
-        encoded = self._codecs["activation"].encode(activation, self._key_of(number, "activation"))
+        encoded = self._codecs["activation"].encode(activation, self._key_of("activation"))
         tensors, metadata = with_prefix(ACTIVATION, encoded)
         tensors |= {f"{CONTEXT}{i}": tensor for i, tensor in enumerate(context)}
         tensors[LABELS] = labels
-        metadata |= {
-            **self._facts,
-            "round": str(self._key.round),
-            "partition": str(self._key.partition),
-            "batch": str(number),
-            "shape": shape_text(activation.shape),
-        }
-        began = time.perf_counter()
-        answer, told = self._exchange.call(HANDLER, tensors, metadata)
-        self.waited_s += time.perf_counter() - began
+        answer, told = self._call(tensors, {**metadata, "shape": shape_text(activation.shape)})
         came = without_prefix(GRADIENT, answer, told)
-        gradient = self._codecs["gradient"].decode(came, self._key_of(number, "gradient"))
-        if gradient.shape != activation.shape or gradient.dtype != activation.dtype:
-            raise ValueError(
-                f"the gradient has shape {tuple(gradient.shape)} and {gradient.dtype}, expected "
-                f"{tuple(activation.shape)} and {activation.dtype}"
-            )
+        gradient = self._codecs["gradient"].decode(came, self._key_of("gradient"))
+        check_fit(gradient, activation)
         self.exchanges += 1
         self.activation_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
         self.gradient_bytes += came.num_bytes
         self.server_flops = int(told.get("server-flops", self.server_flops))
         return gradient, float(told["loss"])
 
-    def _key_of(self, batch: int, role: Role) -> CodecKey:
-        return CodecKey(self._key.seed, self._key.round, batch, self._key.partition, role)
+    def traffic(self) -> dict[str, int]:
+        """Say what was moved, under the names by which the network reads it from a reply."""
+        return {
+            ACTIVATION_BYTES: self.activation_bytes,
+            GRADIENT_BYTES: self.gradient_bytes,
+            EXCHANGES: self.exchanges,
+        }
+
+    def _call(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        facts = {
+            **self._facts,
+            "round": str(self._key.round),
+            "partition": str(self._key.partition),
+            "batch": str(self.done),
+            **metadata,
+        }
+        began = time.perf_counter()
+        answer = self._exchange.call(HANDLER, tensors, facts)
+        self.waited_s += time.perf_counter() - began
+        return answer
+
+    def _key_of(self, role: Role, place: Place = "cut") -> CodecKey:
+        key = self._key
+        return CodecKey(key.seed, key.round, self.done, key.partition, role, place)
+
+
+def check_fit(gradient: Tensor, activation: Tensor) -> None:
+    """Raise ValueError unless a gradient that came fits its activation."""
+    if gradient.shape != activation.shape or gradient.dtype != activation.dtype:
+        raise ValueError(
+            f"the gradient has shape {tuple(gradient.shape)} and {gradient.dtype}, expected "
+            f"{tuple(activation.shape)} and {activation.dtype}"
+        )
 
 
 def small_labels(labels: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from flwr_moe.client_apps.training import (
     train_reply,
 )
 from flwr_moe.experts import ExpertLayout
+from flwr_moe.tasks.task import gate_view
 
 TRAIN_EXPERTS = "train.experts"
 GATE_STATISTICS = "query.gate_statistics"
@@ -52,6 +53,7 @@ def register_expert_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
         lambda context: task_of(context).build_model(),
         lambda context: task_of(context).train_data(partition_of(context)),
         lambda context: task_of(context).num_classes,
+        lambda context, x: gate_view(task_of(context), x),
     )
 
     @app.train("experts")

@@ -22,9 +22,11 @@ from flwr_moe.experts import (
     sample_features,
 )
 from flwr_moe.tasks import Samples
+from flwr_moe.tasks.training import batch_size_for
 
 ModelFn = Callable[[Context], nn.Module]
 DataFn = Callable[[Context], Samples]
+ViewFn = Callable[[Context, Tensor], Tensor]
 
 ACTIVE_EXPERTS = 2
 """Experts a sample passes in a training step, for the cost of a gate report beside it."""
@@ -37,6 +39,7 @@ def answer_gate_statistics(
     model_of: ModelFn,
     data_of: DataFn,
     num_groups: int | Callable[[Context], int],
+    view_of: ViewFn = lambda context, x: x,
 ) -> ClientApp:
     """Make a ClientApp tell EMS-FL's server about its data, by ``query.gate_statistics``.
 
@@ -50,7 +53,11 @@ def answer_gate_statistics(
     data_of : callable
         Gives the node's training samples.
     num_groups : int or callable
-        Labels run from 0 to ``num_groups - 1``; a callable gives it for a node's context.
+        Labels run from 0 to ``num_groups - 1``; a callable gives it for a node's context. Where
+        every token has a label, the samples form one group.
+    view_of : callable, optional
+        Gives for a node's context and inputs (B, ...) what the router sees of them, (B, ...);
+        the inputs themselves by default.
 
     Returns
     -------
@@ -72,21 +79,28 @@ def answer_gate_statistics(
         layout = ExpertLayout.of(full)
         model = own_model(full, layout, message, shared, experts_in(config))
         data = data_of(context)
-        inputs = gate_inputs(model, layout, data.x)
+        inputs = gate_inputs_by_batch(model, layout, data.x)
         affinity = affinity_from_inputs(inputs, layout, shared)
         arrays: dict[str, Any] = {
             "affinity": affinity.sum_LE.astype(np.float32),
             "decisions": np.asarray(affinity.count),
         }
         groups = num_groups if isinstance(num_groups, int) else num_groups(context)
-        statistics = statistics_for_gate(config, data, inputs[0], groups)
+        seen = Samples(view_of(context, data.x), data.y)
+        statistics = statistics_for_gate(config, seen, inputs[0], groups)
         if statistics is not None:
             arrays |= statistics.pack()
         record = ArrayRecord({key: Array(np.asarray(value)) for key, value in arrays.items()})
-        cost = statistics_cost(config, layout, data)
+        cost = statistics_cost(config, layout, seen, _frozen_numbers(full))
         return train_reply(message, "gate", record, {"num-examples": len(data), **cost})
 
     return app
+
+
+def gate_inputs_by_batch(model: nn.Module, layout: ExpertLayout, x: Tensor) -> list[Tensor]:
+    """Return what :func:`flwr_moe.experts.gate_inputs` does, in parts where samples are large."""
+    parts = [gate_inputs(model, layout, part) for part in x.split(batch_size_for(x))]
+    return [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
 
 def experts_in(config: ConfigRecord) -> dict[int, list[int]]:
@@ -157,8 +171,8 @@ def statistics_for_gate(
     """Statistics of the features that the message asks for, grouped by label.
 
     ``gate`` is ``plain`` (none), ``linear`` (the first gate's input, averaged over a sample's
-    tokens) or ``random-features`` (of the raw input; ``feature-seed``, ``num-features`` and
-    ``gamma`` say which).
+    tokens) or ``random-features`` (of the inputs ``data.x`` as the router sees them;
+    ``feature-seed``, ``num-features`` and ``gamma`` say which).
     """
     kind = config["gate"]
     if kind == "plain":
@@ -169,22 +183,35 @@ def statistics_for_gate(
         features = random_features(config, data.x[0].numel())(data.x.numpy())
     else:
         raise ValueError(f"'gate' is {kind!r}, expected plain, linear or random-features")
+    if data.y.ndim > 1:
+        return GateStatistics.of(features, np.zeros(len(data), dtype=np.int64), 1)
     return GateStatistics.of(features, data.y.numpy(), num_groups)
 
 
-def statistics_cost(config: ConfigRecord, layout: ExpertLayout, data: Samples) -> dict[str, int]:
+def _frozen_numbers(model: nn.Module) -> int:
+    """Count the numbers of a model that neither travel nor are trained, such as a LoRA base."""
+    state = model.state_dict()
+    kept = (b for name, b in model.named_buffers() if name not in state)
+    return sum(buffer.numel() for buffer in kept if buffer.is_floating_point())
+
+
+def statistics_cost(
+    config: ConfigRecord, layout: ExpertLayout, data: Samples, frozen: int = 0
+) -> dict[str, int]:
     """Virtual compute of a gate report, in training steps of an average device of this layout.
 
     A training step is three times the multiplications of a forward pass (Hoffmann et al. 2022,
-    appendix F). Random-feature statistics need the data and the seed only, so a device works
-    them out from the start of the run on, before its first contact; affinity waits for the gate.
+    appendix F), one for each number of the model, of which ``frozen`` are none of the layout's;
+    tokens of a sample are not counted, on either side. Random-feature statistics need the data
+    and the seed only, so a device works them out from the start of the run on, before its first
+    contact; affinity waits for the gate.
 
     Returns
     -------
     dict
         ``steps`` after the message came, and ``steps-before`` that could be done ahead of it.
     """
-    shared, experts = layout.shared_bytes() / 4, layout.expert_bytes([0]) / 4
+    shared, experts = layout.shared_bytes() / 4 + frozen, layout.expert_bytes([0]) / 4
     step = 3 * int(config["batch-size"]) * (shared + ACTIVE_EXPERTS * experts)  # type: ignore[arg-type]
     looking = len(data) * shared
     before = 0.0

@@ -16,11 +16,14 @@ from flwr_moe.network.satellite_links import SatelliteLinks
 from flwr_moe.network.simulated import SimulatedGrid
 from flwr_moe.network.trace_links import RateTrace, TraceLinks
 from flwr_moe.network.wall_clock import MESSAGE_TTL_S, GatedGrid
+from flwr_moe.network.wire_dtype import WIRE_DTYPES, state_of, to_record
+from flwr_moe.network.wire_grid import with_wire_dtype
 from flwr_moe.network.wireless_links import WirelessLinks
 
 __all__ = [
     "MESSAGE_TTL_S",
     "ROLL_CALL_TYPE",
+    "WIRE_DTYPES",
     "FixedLinks",
     "GatedGrid",
     "HorizonReached",
@@ -39,4 +42,7 @@ __all__ = [
     "count_bytes",
     "default_kind",
     "profile_from_reply",
+    "state_of",
+    "to_record",
+    "with_wire_dtype",
 ]

@@ -225,13 +225,11 @@ def _read_history(path: Path) -> list[HistoryRow]:
 
 
 def _write_weights(folder: Path, runs: Sequence[RunRecord]) -> None:
-    from safetensors.numpy import save_file
+    from flwr_moe.report.shards import write_shards
 
     for run in runs:
-        if run.weights is not None:
-            # np.ascontiguousarray would turn scalars into vectors.
-            arrays = {name: np.asarray(array, order="C") for name, array in run.weights.items()}
-            save_file(arrays, folder / f"weights-{run.system}-seed{run.seed}.safetensors")
+        if run.weights:
+            write_shards(folder, run.weights, f"weights-{run.system}-seed{run.seed}")
 
 
 def _versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from flwr_moe.split.cut import Split, materialise, possible_cuts, split_model
 from flwr_moe.split.prune import Kept, expand, put_back, shrink, take
 from flwr_moe.split.prune_choice import choose_kept, find_groups
 from flwr_moe.split.prune_schedule import PruneSchedule, magnitude_mask
+from flwr_moe.split.ushape import UShape, split_in_three
 
 __all__ = [
     "Chain",
@@ -29,6 +30,7 @@ __all__ = [
     "Quantise",
     "RandomDropout",
     "Split",
+    "UShape",
     "choose_kept",
     "cut_codecs",
     "cut_table",
@@ -39,6 +41,7 @@ __all__ = [
     "possible_cuts",
     "put_back",
     "shrink",
+    "split_in_three",
     "split_model",
     "take",
     "wire_bytes",

@@ -63,6 +63,10 @@ class Split:
     server: nn.Module
     at: str
 
+    def client_state_dict(self) -> dict[str, Tensor]:
+        """Return all tensors that are the client's."""
+        return self.client.state_dict()
+
 
 def possible_cuts(model: nn.Module, example_inputs: ExampleInputs) -> list[str]:
     """Return the modules after which the model can be cut, in order of execution.
@@ -105,10 +109,10 @@ def split_model(model: nn.Module, at: str, example_inputs: ExampleInputs | None 
         If there is no such cut or it would split a shared weight, or if the model cannot be
         traced.
     """
-    cutter = _make_cutter(model, example_inputs)
+    cutter = make_cutter(model, example_inputs)
     if at not in cutter.points:
         raise ValueError(f"no cut after {at!r}; {_nearest(model, cutter, at)}")
-    reason = _obstacle(model, cutter, at)
+    reason = obstacle_to(model, cutter, at)
     if reason is None and example_inputs is not None:
         output = run_recorded(model, [at], example_inputs)[at].output
         reason = None if _is_activation(output) else "it does not return one floating-point tensor"
@@ -138,14 +142,17 @@ class Survey(NamedTuple):
 
 def survey(model: nn.Module, example_inputs: ExampleInputs) -> Survey:
     """Find all possible cuts; see `possible_cuts`."""
-    cutter = _make_cutter(model, example_inputs)
-    names = [name for name in cutter.candidates() if _obstacle(model, cutter, name) is None]
+    cutter = make_cutter(model, example_inputs)
+    names = [name for name in cutter.candidates() if obstacle_to(model, cutter, name) is None]
     passed = run_recorded(model, [*names, _WHOLE_MODEL], example_inputs)
     activations = {name: passed[name] for name in names if _is_activation(passed[name].output)}
     return Survey(cutter, activations, passed[_WHOLE_MODEL].flops)
 
 
-def _make_cutter(model: nn.Module, example_inputs: ExampleInputs | None) -> Cutter:
+def make_cutter(
+    model: nn.Module, example_inputs: ExampleInputs | None
+) -> GraphCutter | TransformersCutter:
+    """Choose what knows how a model is cut; ValueError if nothing does."""
     if is_transformers_model(model):
         return TransformersCutter(model)
     return GraphCutter(model, example_inputs)
@@ -214,8 +221,8 @@ def _fill_other_buffers(half: nn.Module, own: Mapping[str, Tensor], device: torc
                 initialise(module)
 
 
-def _obstacle(model: nn.Module, cutter: Cutter, at: str) -> str | None:
-    """Say why there is no cut after `at`, or nothing."""
+def obstacle_to(model: nn.Module, cutter: Cutter, at: str) -> str | None:
+    """Say why there is no cut after `at`, one of the cutter's points, or nothing."""
     reason = cutter.obstacle(at)
     if reason is not None:
         return reason
@@ -242,9 +249,9 @@ def _is_activation(output: object) -> bool:
 
 
 def _nearest(model: nn.Module, cutter: Cutter, at: str) -> str:
-    possible = [name for name in cutter.candidates() if _obstacle(model, cutter, name) is None]
+    possible = [name for name in cutter.candidates() if obstacle_to(model, cutter, name) is None]
     if not possible:
-        reasons = {_obstacle(model, cutter, name) for name in cutter.candidates()}
+        reasons = {obstacle_to(model, cutter, name) for name in cutter.candidates()}
         return f"this model has no possible cut: {'; '.join(sorted(filter(None, reasons)))}"
 
     def distance(name: str) -> float:

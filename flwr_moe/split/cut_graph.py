@@ -100,10 +100,38 @@ class GraphCutter:
         client_nodes, server_nodes = self._sides(at)
         crossing = self._crossing(at)
         client = self._module(self._client_graph(client_nodes, crossing))
-        server = self._module(self._server_graph(server_nodes, crossing))
+        result = self._nodes[-1].args[0]
+        server = self._module(self._server_graph(server_nodes, crossing, result))
         for key in self._keys - self._keys_of(client_nodes) - self._keys_of(server_nodes):
             _attach(server, key, _tensor(self.model, key))
         return client, server
+
+    def thirds(self, at: str, top: str) -> tuple[nn.Module, nn.Module, nn.Module, int]:
+        """Build what is before a cut, between it and a later one, and after that.
+
+        The first part returns its activation and all that the others need besides; the second takes
+        the activation and the first few of those, as many as the number says, and returns the later
+        activation; the third takes that and all of them. They share their tensors with the model.
+        """
+        below_top = set(self._sides(top)[0])
+        # What crosses besides depends on no parameter: the first part can compute all of it.
+        before = _ancestors([self.points[at], *self._on_input, *self._crossing(top)[1:]])
+        inner = [node for part in self._sides(at) for node in part]
+        bottom = [node for node in inner if node in before]
+        middle = [node for node in inner if node in below_top - before]
+        head = [node for node in inner if node not in below_top]
+        cuts, end = (self.points[at], self.points[top]), self._nodes[-1]
+        up, down = self._used_by(middle), self._used_by([*head, end])
+        context = [node for node in self._nodes if node in up.difference(cuts)]
+        num_up = len(context)
+        context += [node for node in self._nodes if node in down.difference(cuts, context)]
+        first = self._module(self._client_graph(bottom, [cuts[0], *context]))
+        second = self._module(self._server_graph(middle, [cuts[0], *context[:num_up]], cuts[1]))
+        third = self._module(self._server_graph(head, [cuts[1], *context], end.args[0]))
+        used = (self._keys_of(part) for part in (bottom, middle, head))
+        for key in self._keys.difference(*used):
+            _attach(second, key, _tensor(self.model, key))
+        return first, second, third, num_up
 
     def _kinds(self) -> tuple[set[fx.Node], set[fx.Node]]:
         """Values that depend on parameters, and others that tell the raw input or are no tensor."""
@@ -139,10 +167,13 @@ class GraphCutter:
     def _crossing(self, at: str) -> list[fx.Node]:
         """Return the activation, then the other values that the server half uses."""
         cut = self.points[at]
-        server = [*self._sides(at)[1], self._nodes[-1]]
-        inside = set(server)
-        used = {source for node in server for source in node.all_input_nodes} - inside
+        used = self._used_by([*self._sides(at)[1], self._nodes[-1]])
         return [cut, *(node for node in self._nodes if node in used and node is not cut)]
+
+    @staticmethod
+    def _used_by(nodes: list[fx.Node]) -> set[fx.Node]:
+        """Return what some nodes take from others."""
+        return {source for node in nodes for source in node.all_input_nodes} - set(nodes)
 
     def _keys_of(self, nodes: Iterable[fx.Node]) -> set[str]:
         keys: set[str] = set()
@@ -163,7 +194,7 @@ class GraphCutter:
         graph.output(tuple(copies[node] for node in crossing))
         return graph
 
-    def _server_graph(self, nodes: list[fx.Node], crossing: list[fx.Node]) -> fx.Graph:
+    def _server_graph(self, nodes: list[fx.Node], crossing: list[fx.Node], result: Any) -> fx.Graph:
         graph = fx.Graph()
         copies = {node: graph.placeholder(node.name) for node in crossing}
         if any(self._works_in_place(node) for node in nodes):
@@ -171,7 +202,7 @@ class GraphCutter:
             copies[crossing[0]] = graph.call_method("clone", (copies[crossing[0]],))
         for node in nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output(fx.map_arg(self._nodes[-1].args[0], copies.__getitem__))
+        graph.output(fx.map_arg(result, copies.__getitem__))
         return graph
 
     def _works_in_place(self, node: fx.Node) -> bool:

@@ -132,7 +132,7 @@ class TransformersCutter:
         client = {key for key in keys if key.startswith(parts)}
         return client, keys - client
 
-    def halves(self, at: str) -> tuple[nn.Module, nn.Module]:
+    def halves(self, at: str) -> tuple[ClientHalf, ServerHalf]:
         """Build the client and the server half, which share their tensors with the model."""
         layout, prefix = self._layout, self._prefix
         done = self.points[at]
@@ -152,13 +152,10 @@ class TransformersCutter:
         earlier |= {name: copy.deepcopy(self.model.get_submodule(name)) for name in both}
         server = _rebuilt(self.model, earlier)
 
-        pools_last = layout.is_decoder and type(self.model).__name__.endswith(
-            "ForSequenceClassification"
-        )
-        return (
-            ClientHalf(client, layout.is_decoder, pools_last),
-            ServerHalf(server, layout.is_decoder, pools_last),
-        )
+        name = type(self.model).__name__
+        pools_last = layout.is_decoder and name.endswith("ForSequenceClassification")
+        kind = layout.is_decoder, pools_last
+        return ClientHalf(client, *kind), ServerHalf(server, *kind)
 
     def _client_parts(self, at: str) -> list[str]:
         return [*self._embeddings, *self._blocks[: self.points[at]]]
@@ -178,8 +175,7 @@ class _Half(nn.Module):
         self._buffers = skeleton._buffers
         self.training = skeleton.training
         self._options = {"use_cache": False} if is_decoder else {}
-        self._is_decoder = is_decoder
-        self._pools_last = pools_last
+        self._is_decoder, self._pools_last = self.kind = is_decoder, pools_last
 
 
 class ClientHalf(_Half):
@@ -272,10 +268,7 @@ class ServerHalf(_Half):
             If the head gives something else.
         """
         model = self.skeleton
-        inputs = [hidden_BTD, *context]
-        last_B = inputs.pop(1) if self._pools_last else None
-        names = ("inputs_embeds", "attention_mask", "position_ids")
-        given = dict(zip(names, inputs, strict=False)) | self._options
+        given, last_B = self._given([hidden_BTD, *context])
         if last_B is not None:
             scores_BTK = model.score(model.base_model(**given).last_hidden_state)
             rows_B = torch.arange(len(last_B), device=last_B.device)
@@ -285,6 +278,12 @@ class ServerHalf(_Half):
         if result is None:
             raise ValueError(f"{type(model).__name__} gives {', '.join(output)}, expected logits")
         return result
+
+    def _given(self, inputs: list[Tensor]) -> tuple[dict[str, Any], Tensor | None]:
+        """Return what the model is called with, and the index of the token that counts."""
+        last_B = inputs.pop(1) if self._pools_last else None
+        names = ("inputs_embeds", "attention_mask", "position_ids")
+        return dict(zip(names, inputs, strict=False)) | self._options, last_B
 
 
 def _rebuilt(module: nn.Module, swaps: Mapping[str, nn.Module], prefix: str = "") -> nn.Module:

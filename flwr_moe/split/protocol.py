@@ -15,6 +15,8 @@ HANDLER = "split"
 """Name of the server half's handler at the exchange."""
 ACTIVATION, GRADIENT, CONTEXT, LABELS = "activation.", "gradient.", "context.", "labels"
 """Names, or beginnings of names, of what travels."""
+STAGE, FORWARD, BACKWARD = "stage", "forward", "backward"
+"""Which of its two requests a batch has come to, where clients keep their labels."""
 
 
 def agreement(state: Mapping[str, Tensor], at: str, codecs: Mapping[Role, Chain]) -> dict[str, str]:
@@ -30,14 +32,22 @@ def agreement(state: Mapping[str, Tensor], at: str, codecs: Mapping[Role, Chain]
         By role.
     """
     names = "\n".join(f"{k} {tuple(t.shape)} {t.dtype}" for k, t in sorted(state.items()))
-    chains = "; ".join(
-        f"{role}: {', '.join(map(repr, codecs[role].codecs))}" for role in sorted(codecs)
-    )
     return {
         "cut": at,
-        "codecs": chains,
+        "codecs": _in_words(codecs),
         "model": hashlib.sha256(names.encode()).hexdigest()[:16],
     }
+
+
+def top_agreement(top_cut: str, codecs: Mapping[Role, Chain]) -> dict[str, str]:
+    """Say what both sides must agree on besides, where clients keep their labels."""
+    return {"top-cut": top_cut, "top-codecs": _in_words(codecs)}
+
+
+def _in_words(codecs: Mapping[Role, Chain]) -> str:
+    return "; ".join(
+        f"{role}: {', '.join(map(repr, codecs[role].codecs))}" for role in sorted(codecs)
+    )
 
 
 def with_prefix(prefix: str, encoded: Encoded) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -158,11 +158,7 @@ class SplitSession:
             With 422 if the batch cannot be used, with 409 if it is not its turn or its round is
             over. Nothing has changed then.
         """
-        for name, expected in self._agreed.items():
-            if metadata.get(name) != expected:
-                raise Refused(f"{name} is {metadata.get(name)!r}, expected {expected!r}")
-        call = BatchCall.of(metadata)
-        round_, client = self._enter(call)
+        call, round_, client = self._admit(metadata)
         key = CodecKey(self._seed, round_.number, call.batch, call.partition, "activation")
         activation = self._arrived(call, client, key, tensors, metadata)
         if LABELS not in tensors:
@@ -187,25 +183,33 @@ class SplitSession:
                 facts["server-flops"] = str(flops)
             else:
                 encoded, loss = step()
-            client.done += 1
             client.sample_shape = call.shape[1:]
-            if self._copies and client.done == round_.batches:
-                client.trunk.optimiser = None
-                client.trunk.half.zero_grad(set_to_none=True)
+            self._count(round_, client)
         sent, told = with_prefix(GRADIENT, encoded)
         return sent, {**told, **facts, "loss": repr(loss)}
 
     # --- inside ------------------------------------------------------------------
 
-    def _enter(self, call: BatchCall) -> tuple[Round, ClientState]:
-        """Find the client's place in the round, and check that it is its turn."""
+    def _admit(self, metadata: Mapping[str, str]) -> tuple[BatchCall, Round, ClientState]:
+        """Find the client's place in the round, and check that it means this model and its turn."""
+        for name, expected in self._agreed.items():
+            if metadata.get(name) != expected:
+                raise Refused(f"{name} is {metadata.get(name)!r}, expected {expected!r}")
+        call = BatchCall.of(metadata)
         with self._lock:
             round_ = self._round
             if round_ is None or round_.number != call.round:
                 open_now = "none is open" if round_ is None else f"expected {round_.number}"
                 raise Refused(f"round is {call.round}, {open_now}", 409)
             client = round_.enter(call, self._trunk)
-        return round_, client
+        return call, round_, client
+
+    def _count(self, round_: Round, client: ClientState) -> None:
+        """Note that a batch is done, and let go of what a copy needs for training alone."""
+        client.done += 1
+        if self._copies and client.done == round_.batches:
+            client.trunk.optimiser = None
+            client.trunk.half.zero_grad(set_to_none=True)
 
     def _trunk(self, learning_rate: float) -> Trunk:
         if self._copies:

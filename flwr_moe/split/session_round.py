@@ -23,6 +23,29 @@ class Trunk:
 
 
 @dataclass
+class Pending:
+    """A forward pass that waits for the gradient of what it gave.
+
+    Attributes
+    ----------
+    leaf, output : Tensor
+        What arrived, and what was made of it.
+    extra : Tensor or None
+        Loss of the server's own.
+    parameters, before, after : dict of str to Tensor
+        Copies that the pass used instead of the half's parameters, if it did; buffers before and
+        after it.
+    """
+
+    leaf: Tensor
+    output: Tensor
+    extra: Tensor | None
+    parameters: dict[str, Tensor]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+
+@dataclass
 class ClientState:
     """What one client has done in the open round."""
 
@@ -30,6 +53,7 @@ class ClientState:
     examples: int
     done: int = 0
     sample_shape: tuple[int, ...] = ()
+    pending: Pending | None = None
 
 
 @dataclass

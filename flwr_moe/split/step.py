@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flwr_moe.experts import SparseMoE
+from flwr_moe.experts.sparse_moe import RoutedBlock
 
 BALANCE_WEIGHT = 0.01
 """Weight of the load-balance loss of expert layers, as in training of the whole model."""
@@ -61,8 +61,17 @@ def quick_layout(half: nn.Module) -> nn.Module:
 
 def balance_loss(half: nn.Module) -> Tensor | None:
     """Load-balance loss of the expert layers that a forward pass has just used, if there are."""
-    losses = [m.load_balance_loss for m in half.modules() if isinstance(m, SparseMoE)]
+    losses = [m.load_balance_loss for m in half.modules() if isinstance(m, RoutedBlock)]
     return BALANCE_WEIGHT * torch.stack(losses).sum() if losses else None
+
+
+def send_back(activation: Tensor, gradient: Tensor, half: nn.Module) -> None:
+    """Go back through a half from what it gave, and from its load-balance loss if there is one."""
+    extra = balance_loss(half)
+    if extra is None:
+        activation.backward(gradient)
+    else:
+        torch.autograd.backward([activation, extra], [gradient, None])
 
 
 def clip_gradient(half: nn.Module, largest: float) -> None:

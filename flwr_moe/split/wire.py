@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Role = Literal["activation", "gradient"]
+Place = Literal["cut", "top"]
 
 VALUES = "values"
 """Name of the wire tensor that the next codec of a chain works on."""
@@ -33,7 +34,10 @@ class CodecKey:
     round, batch, partition : int
         Which batch of which client.
     role : {"activation", "gradient"}
-        Which way the tensor travels.
+        What the tensor is.
+    place : {"cut", "top"}
+        Which cut it crosses; a model in a U-shape has a second one near its end, whose masks and
+        roundings are others.
     """
 
     seed: int
@@ -41,10 +45,13 @@ class CodecKey:
     batch: int
     partition: int
     role: Role
+    place: Place = "cut"
 
     def seed_of(self, purpose: str) -> int:
         """Seed for what is random for `purpose`, the same on every machine."""
         text = f"{purpose}/{self.seed}/{self.round}/{self.batch}/{self.partition}"
+        if self.place != "cut":
+            text += f"/{self.place}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
     def generator(self, purpose: str) -> torch.Generator:

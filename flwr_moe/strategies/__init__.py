@@ -7,5 +7,15 @@ from flwr_moe.strategies.fedbuff import FedBuff
 from flwr_moe.strategies.fedmoe_da import FedMoEDA
 from flwr_moe.strategies.fedsl import FedSL
 from flwr_moe.strategies.splitfed import SplitFed
+from flwr_moe.strategies.streaming import StreamingFedAvg
 
-__all__ = ["EMO", "EMSFL", "FedAsync", "FedBuff", "FedMoEDA", "FedSL", "SplitFed"]
+__all__ = [
+    "EMO",
+    "EMSFL",
+    "FedAsync",
+    "FedBuff",
+    "FedMoEDA",
+    "FedSL",
+    "SplitFed",
+    "StreamingFedAvg",
+]

@@ -7,7 +7,9 @@ from typing import Any
 
 from flwr.app import Message, MetricRecord, RecordDict
 
+from flwr_moe.client_apps.ushape_link import ACTIVATION_BYTES_DOWN, GRADIENT_BYTES_UP
 from flwr_moe.network import check_reply
+from flwr_moe.network.ledger import Ledger
 from flwr_moe.strategies.averaging import Arrays, to_arrays
 
 
@@ -43,6 +45,26 @@ def why_unusable(
         if shapes.get(key) != array.shape:
             return f"array 'half/{key}' has shape {shapes.get(key)}, expected {array.shape}"
     return None
+
+
+def book_by_role(ledger: Ledger, partition_id: int, reply: Message) -> None:
+    """Book gradients that went up, and activations that came down, as what they are.
+
+    A Grid knows activations as what goes up and gradients as what comes down, which is all there is
+    where labels travel. Sums by direction stay.
+    """
+    if reply.has_error():
+        return
+    for direction, booked, role, key in (
+        ("uplink", "activation", "gradient", GRADIENT_BYTES_UP),
+        ("downlink", "gradient", "activation", ACTIVATION_BYTES_DOWN),
+    ):
+        moved = ledger.transfers[partition_id, direction, booked]
+        told = (metrics.get(key, 0) for metrics in reply.content.metric_records.values())
+        size = sum(int(n) for n in told if isinstance(n, int | float) and 0 < n <= moved)
+        if 0 < size <= moved:
+            ledger.transfers[partition_id, direction, booked] -= size
+            ledger.transfers[partition_id, direction, role] += size
 
 
 def metrics_of(replies: Iterable[Message], weighted_by: str) -> list[RecordDict]:

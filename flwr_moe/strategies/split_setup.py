@@ -5,18 +5,25 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from typing import Any
 
 from flwr.app import ConfigRecord
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.exchange.app import Handler
 from flwr_moe.split.codecs import Chain, Role
-from flwr_moe.split.cut import Split, materialise
-from flwr_moe.split.protocol import agreement
+from flwr_moe.split.cut import Split, materialise, split_model
+from flwr_moe.split.meta import ExampleInputs
+from flwr_moe.split.protocol import agreement, top_agreement
 from flwr_moe.split.prune_choice import find_groups
 from flwr_moe.split.session import SERVERS, LossFn, SplitSession
+from flwr_moe.split.session_ushape import UShapeSession
+from flwr_moe.split.ushape import UShape, split_in_three
 
+LABELS = ("server", "client")
+"""Where labels may be."""
 NO_SCHEDULE = {"prune-start": 1, "prune-ramp": 0, "prune-every": 1}
 
 
@@ -43,10 +50,31 @@ def check_settings(
         raise ValueError(f"exchange_timeout_s is {exchange_timeout_s}, expected above 0")
 
 
+def cut_for(
+    labels: str,
+    model: nn.Module,
+    at: str,
+    top_cut: str,
+    example_inputs: ExampleInputs | None,
+    loss_fn: LossFn,
+) -> Split:
+    """Cut a model in two, or in three if labels are the client's; ValueError if that cannot be."""
+    if labels not in LABELS:
+        raise ValueError(f"labels is {labels!r}, expected one of {', '.join(LABELS)}")
+    if labels == "server" and top_cut:
+        raise ValueError(f"top_cut is {top_cut!r}, expected none unless labels is 'client'")
+    if labels == "client" and loss_fn is not functional.cross_entropy:
+        raise ValueError("loss_fn is the clients' with labels 'client': give it to train_half")
+    if labels == "client":
+        return split_in_three(model, at, top_cut, example_inputs)
+    return split_model(model, at, example_inputs)
+
+
 def open_session(
     split: Split,
     state: Mapping[str, Tensor],
     codecs: Mapping[Role, Chain],
+    top_codecs: Mapping[Role, Chain],
     *,
     server: str,
     seed: int,
@@ -61,30 +89,31 @@ def open_session(
         The session keeps its server half as its own.
     state : mapping of str to Tensor
         Of the whole model.
-    codecs, server, seed, clip, loss_fn
-        See `SplitSession`.
+    codecs, top_codecs, server, seed, clip, loss_fn
+        See `SplitSession`, and `UShapeSession` for the second, which only a `UShape` needs.
 
     Raises
     ------
     ValueError
         If the state is not the model's.
     """
-    own = {**split.client.state_dict(), **split.server.state_dict()}
+    own = {**split.client_state_dict(), **split.server.state_dict()}
     for key in sorted(own.keys() ^ state.keys()):
         where = "missing in the initial arrays" if key in own else "not of the model"
         raise ValueError(f"tensor {key!r} is {where}")
     materialise(split.server, {key: state[key] for key in split.server.state_dict()})
     groups = find_groups(split.client, prune_output=True)
-    return SplitSession(
-        split.server,
-        codecs,
-        agreement(own, split.at, codecs),
-        server=server,
-        seed=seed,
-        clip=clip,
-        loss_fn=loss_fn,
-        output=next((g for g in groups if g.output_dim is not None), None),
-    )
+    agreed = agreement(own, split.at, codecs)
+    settings: dict[str, Any] = {
+        "server": server,
+        "seed": seed,
+        "clip": clip,
+        "output": next((g for g in groups if g.output_dim is not None), None),
+    }
+    if isinstance(split, UShape):
+        agreed |= top_agreement(split.top_cut, top_codecs)
+        return UShapeSession(split.server, codecs, agreed, top_codecs=top_codecs, **settings)
+    return SplitSession(split.server, codecs, agreed, loss_fn=loss_fn, **settings)
 
 
 @contextmanager

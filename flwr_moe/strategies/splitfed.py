@@ -15,26 +15,25 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flwr_moe.client_apps.split import SPLIT_STEPS, SPLIT_TRAIN
+from flwr_moe.client_apps.split import SPLIT_TRAIN
 from flwr_moe.network import (
     MESSAGE_TTL_S,
     MeteredGrid,
     SimulatedGrid,
 )
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.network.nodes import EXCHANGE_URL, NodeProfile
 from flwr_moe.split.codecs import Chain, Role, cut_codecs
-from flwr_moe.split.cut import Split, split_model
+from flwr_moe.split.cut import Split
 from flwr_moe.split.meta import ExampleInputs
 from flwr_moe.split.session import LossFn, SplitSession
 from flwr_moe.strategies.averaging import to_arrays, to_record, weighted_mean
 from flwr_moe.strategies.in_turn import InTurn
 from flwr_moe.strategies.nodes import sample, wait_for, with_clock
-from flwr_moe.strategies.split_replies import halves_of, metrics_of
+from flwr_moe.strategies.split_replies import book_by_role, halves_of, metrics_of
 from flwr_moe.strategies.split_serving import SplitServing
 from flwr_moe.strategies.split_setup import (
-    NO_SCHEDULE,
     check_settings,
+    cut_for,
     local_exchange,
     local_steps,
     number,
@@ -73,6 +72,11 @@ class SplitFed(SplitServing):
         Largest norm of the gradient of each half, 0 for any.
     loss_fn : callable
         Loss of output and labels, at the server.
+    labels : {"server", "client"}
+        ``"client"``: labels stay on the devices, which also hold the end of the model (U-shape).
+    top_cut : str
+        With labels at the client, the module after which that end begins; by default the last
+        possible one, see :func:`~flwr_moe.split.ushape.split_in_three`.
     server_speedup : float
         The server's speed as a multiple of the device's, for virtual time.
     exchange_url, exchange_token : str
@@ -99,6 +103,10 @@ class SplitFed(SplitServing):
     mid-round costs the batches it did not do. ``min_available_nodes`` are waited for before the
     first round; later rounds go on with the nodes that are left, and with those that have joined.
     With copies and an interval of 1 the result is that of FedAvg on the whole model.
+
+    With labels at the client, halves that are averaged are both ends, and a batch takes two
+    requests; nothing computed from labels travels but the gradient at the top cut and the trained
+    ends. The loss is not reported.
     """
 
     def __init__(
@@ -112,6 +120,8 @@ class SplitFed(SplitServing):
         learning_rate: float = 0.001,
         clip: float = 0.0,
         loss_fn: LossFn = functional.cross_entropy,
+        labels: str = "server",
+        top_cut: str = "",
         server_speedup: float = 100.0,
         exchange_url: str = "",
         exchange_token: str = "",
@@ -124,7 +134,7 @@ class SplitFed(SplitServing):
         super().__init__(fraction_evaluate=fraction_evaluate, **kwargs)
         check_settings(interval, server, learning_rate, clip, server_speedup, exchange_timeout_s)
         whole = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
-        self.split: Split = split_model(whole, at, example_inputs)
+        self.split: Split = cut_for(labels, whole, at, top_cut, example_inputs, loss_fn)
         self.at, self.interval, self.server = at, interval, server
         self.learning_rate, self.clip, self.loss_fn = learning_rate, clip, loss_fn
         self.server_speedup = server_speedup
@@ -132,6 +142,7 @@ class SplitFed(SplitServing):
         self.exchange_timeout_s = exchange_timeout_s
         self.calibrate, self.seed = calibrate, seed
         self.codecs: dict[Role, Chain] = cut_codecs()
+        self.top_codecs: dict[Role, Chain] = cut_codecs()
         self.reset()
 
     def reset(self) -> None:
@@ -187,7 +198,7 @@ class SplitFed(SplitServing):
         state = initial_arrays.to_torch_state_dict()
         self._session = self._open_session(state, train_config)
         local_steps(train_config or ConfigRecord())
-        client = self.split.client.state_dict()
+        client = self.split.client_state_dict()
         self._half = to_arrays(ArrayRecord({key: state[key] for key in client}))
         self._snapshot = initial_arrays
         self._address = self.exchange_url, self.exchange_token
@@ -206,6 +217,10 @@ class SplitFed(SplitServing):
                 evaluate_config,
                 evaluate_fn,
             )
+
+    def _answering(self) -> Mapping[str, Any]:
+        """Return the average of the client halves as devices run it."""
+        return self._half
 
     # --- the hooks of a round ----------------------------------------------------
 
@@ -248,6 +263,7 @@ class SplitFed(SplitServing):
         heard = []
         for reply in order:
             node_id = reply.metadata.src_node_id
+            book_by_role(network.ledger, partitions[node_id], reply)
             reason = self._why_unusable(reply)
             if reason is not None:
                 # A simulated Grid has counted and logged errors itself.
@@ -271,7 +287,7 @@ class SplitFed(SplitServing):
                 self._half = weighted_mean(halves, weights)
             self._version += 1
             self._informed = set()
-            joined = {**self._half, **to_arrays(ArrayRecord(self._running.state_dict()))}
+            joined = {**self._answering(), **to_arrays(ArrayRecord(self._running.state_dict()))}
             if self.calibrate is not None:
                 whole = to_record(joined).to_torch_state_dict()
                 joined = to_arrays(ArrayRecord(dict(self.calibrate(whole))))
@@ -279,33 +295,3 @@ class SplitFed(SplitServing):
         key = self.weighted_by_key
         figures = metrics_of(heard, key)
         return self._snapshot, self.train_metrics_aggr_fn(figures, key) if figures else None
-
-    # --- inside ------------------------------------------------------------------
-
-    def _order(self, server_round: int, node: NodeProfile, config: ConfigRecord) -> dict[str, Any]:
-        # Not local-steps: the network would charge the node for steps of the whole model.
-        passed = {k: v for k, v in config.items() if k not in ("local-steps", "max-local-steps")}
-        return {
-            "seed": self.seed,
-            "learning-rate": self.learning_rate,
-            "batch-size": 32,
-            **passed,
-            "server-round": server_round,
-            SPLIT_STEPS: self._steps,
-            "cut": self.at,
-            "clip": self.clip,
-            "send-half": self._averages(server_round),
-            "keep-half": self.interval > 1,
-            "half-version": self._version,
-            "fresh": node.node_id not in self._met,
-            "seconds-per-step": 1 / node.steps_per_second,
-            "server-speedup": self.server_speedup,
-            EXCHANGE_URL: self._address[0],
-            "exchange-token": self._address[1],
-            "exchange-timeout-s": self.exchange_timeout_s,
-            **self._lightening(node),
-        }
-
-    def _lightening(self, node: NodeProfile) -> dict[str, int | float]:
-        """Say how the client half and the cut are made lighter."""
-        return {"dropout": 0.0, "bits": 0, "prune": 0.0, **NO_SCHEDULE}

@@ -15,8 +15,10 @@ from flwr_moe.app.compare import run_compare
 from flwr_moe.app.config import Settings
 from flwr_moe.app.runner import run_system
 from flwr_moe.app.spec import ConfigError
-from flwr_moe.app.split_systems import build_split
+from flwr_moe.app.split_systems import CUTS, SPLIT_SYSTEMS, TOP_CUTS, build_split
 from flwr_moe.report import RunRecord
+from flwr_moe.split.ushape import UShape
+from flwr_moe.tasks.vgg import VGG
 from tests.local_grid import LocalGrid
 
 SMALL = Settings(
@@ -71,6 +73,23 @@ def test_a_shared_server_half_and_clipping_come_from_the_settings() -> None:
     assert run("fedsl", fedsl_server="shared").summary["updates"] == 8
 
 
+def test_labels_may_stay_on_the_devices() -> None:
+    class Images:
+        num_clients = 2
+
+        def build_model(self) -> VGG:
+            return VGG("vgg-small", width=0.25)
+
+    settings = SMALL.replace(task="cifar10", fedsl_labels="client")
+    for name in SPLIT_SYSTEMS:
+        split = build_split(name, settings, Images(), 0).split  # type: ignore[arg-type]
+        assert isinstance(split, UShape)
+        assert (split.at, split.top_cut) == (CUTS["cifar10"], TOP_CUTS["cifar10"])
+    split = build_split("fedsl", settings.replace(fedsl_top_cut="features.2"), Images(), 0).split  # type: ignore[arg-type]
+    assert isinstance(split, UShape)
+    assert split.top_cut == "features.2"
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -80,6 +99,12 @@ def test_a_shared_server_half_and_clipping_come_from_the_settings() -> None:
         ({"fedsl_prune": 1.0}, "fedsl.prune=1.0: expected a number at least 0 and below 1"),
         ({"fedsl_dropout": 1.0}, "fedsl.dropout=1.0: expected a number at least 0 and below 1"),
         ({"fedsl_server": "both"}, "fedsl.server='both' is unknown"),
+        ({"fedsl_labels": "both"}, "fedsl.labels='both' is unknown"),
+        (
+            {"fedsl_labels": "client"},
+            "fedsl.cut='stem', fedsl.top-cut='': no top cut: the model cannot be cut a second time",
+        ),
+        ({"fedsl_top_cut": "stem"}, "top_cut is 'stem', expected none unless labels is 'client'"),
     ],
 )
 def test_bad_settings_are_one_clear_line(changes: dict[str, Any], expected: str) -> None:

@@ -11,7 +11,8 @@ from flwr.clientapp import ClientApp
 
 from flwr_moe.client_apps import build_client_app, train_half
 from flwr_moe.client_apps.cut_link import small_labels
-from flwr_moe.client_apps.split import SPLIT_TRAIN, _Visit
+from flwr_moe.client_apps.split import SPLIT_TRAIN
+from flwr_moe.client_apps.split_visit import Visit
 from flwr_moe.exchange import RefusedByServer
 from flwr_moe.split import PruneSchedule
 from flwr_moe.split.step import step_flops
@@ -99,7 +100,7 @@ def test_the_units_of_the_last_choice_stay_until_the_next(
     weakest, strongest = (sorted(part.tolist()) for part in weights.argsort().chunk(2))
     node = Context(7, 1, {"partition-id": 0}, RecordDict(), {})
     node.state["flwr-moe.kept"] = ConfigRecord({"0": weakest})
-    kept = _Visit(message_of(content), node, build_model()).kept
+    kept = Visit(message_of(content), node, build_model()).kept
     assert kept is not None
     assert list(kept.indices["0"]) == (weakest if stays else strongest)
 

@@ -64,7 +64,8 @@ def test_rare_columns_show_only_where_some_run_has_them(tmp_path: Path) -> None:
     plain, personal = fake_run("fedavg"), fake_run("fedmoe-da")
     plain.summary["peer-bytes"], personal.summary["peer-bytes"] = 0, 2_500_000
     assert "peer MB" not in headings(results(tmp_path, plain))
-    both = results(tmp_path, plain, personal)
+    (tmp_path / "both").mkdir()
+    both = results(tmp_path / "both", plain, personal)
     place = headings(both).index("peer MB")
     assert [row[place] for row in summary_rows(both)] == ["–", "2.50"]
     assert "after a local round" not in headings(both)

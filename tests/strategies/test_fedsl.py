@@ -59,15 +59,21 @@ def test_bytes_are_those_foretold(settings: dict[str, Any], channels: int) -> No
 
 
 def test_pruned_channels_keep_their_values_and_the_others_learn() -> None:
-    result, _ = run_split(plain(prune=0.25), rounds=1, dtype=F32)
+    strategy = plain(prune=0.25)
+    result, _ = run_split(strategy, rounds=1, dtype=F32)
     model = build_model(F32)
     kept = choose_kept(split_model(model, CUT).client, 0.25, prune_output=True)
     stay = list(kept.indices["0"])
     gone = sorted(set(range(8)) - set(stay))
     assert len(gone) == 2
-    moved = (result.arrays.to_torch_state_dict()["0.weight"] - build_model(F32)[0].weight).abs()
+    dense = strategy.dense_half.to_torch_state_dict()["0.weight"]
+    moved = (dense - build_model(F32)[0].weight).abs()
     assert moved.flatten(1).amax(1)[gone].max() < 1e-7  # the mean of three equals, rounded
     assert moved.flatten(1).amax(1)[stay].min() > 0.001
+    # What answers is the half as devices run it.
+    answering = result.arrays.to_torch_state_dict()["0.weight"]
+    assert torch.equal(answering[stay], dense[stay])
+    assert not answering[gone].any()
 
 
 def test_pruning_starts_late_and_each_device_has_its_own_rate() -> None:
