@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
+
 from flwr_moe.app.config import Settings
 from flwr_moe.app.spec import ConfigError
+from flwr_moe.experts.lora_layer import GateKind
 from flwr_moe.tasks import Digits, Task
+from flwr_moe.tasks.ag_news import AgNews
 from flwr_moe.tasks.cifar10 import Cifar10
+from flwr_moe.tasks.lm import TextFile
+from flwr_moe.tasks.text_lora import LoraPlan
 
 NEED_EXPERTS = ("ems-fl", "fedmoe-da", "local")
 """Systems that train single experts of a model."""
+
+TEXT_TASKS = ("ag-news", "text")
+HAVE_EXPERTS = ("digits", *TEXT_TASKS)
+NOT_ON_TEXTS = ("splitfed", "fedsl", "emo")
+"""Systems that cannot train the models of these tasks yet."""
+
+NO_CHOICE = {
+    "digits": ("model", "model-width", "num-train", "num-test", "augment"),
+    "ag-news": ("model-width", "augment"),
+    "text": ("model", "augment"),
+}
+"""Settings that a task does not have."""
 
 
 def build_task(settings: Settings, num_clients: int, seed: int) -> Task:
@@ -20,7 +40,7 @@ def build_task(settings: Settings, num_clients: int, seed: int) -> Task:
     Parameters
     ----------
     settings : Settings
-        Task, partition and model. Partition ``domains`` exists for digits alone; with images it
+        Task, partition and model. Partition ``domains`` does not exist for images; with them it
         stands for ``iid``, since it is the default of all tasks.
     num_clients : int
         Clients the data are shared out over.
@@ -32,8 +52,8 @@ def build_task(settings: Settings, num_clients: int, seed: int) -> Task:
     ValueError
         If a setting does not fit the task, or its data are not there.
     """
+    _check_choices(settings)
     if settings.task == "digits":
-        _check_digits(settings)
         return Digits(
             num_clients,
             settings.num_clusters,
@@ -48,6 +68,37 @@ def build_task(settings: Settings, num_clients: int, seed: int) -> Task:
         raise ConfigError(
             f"partition='conflict': task={settings.task!r} has iid and dirichlet, conflict is of "
             "digits alone"
+        )
+    if settings.task == "ag-news":
+        return AgNews(
+            settings.data,
+            num_clients,
+            settings.num_clusters,
+            _lora_plan(settings),
+            seed,
+            partition=settings.partition,
+            dirichlet_alpha=settings.dirichlet_alpha,
+            model=settings.model,
+            max_length=settings.text_max_length,
+            lora_layers=settings.text_lora_layers,
+            num_train=settings.num_train,
+            num_test=settings.num_test,
+            num_public=settings.text_num_public,
+            hub=settings.text_hub,
+        )
+    if settings.task == "text":
+        return TextFile(
+            settings.data,
+            num_clients,
+            settings.num_clusters,
+            settings.num_experts,
+            settings.top_k,
+            seed,
+            partition=settings.partition,
+            length=settings.text_max_length,
+            width=settings.model_width or 1.0,
+            num_train=settings.num_train,
+            num_test=settings.num_test,
         )
     return Cifar10(
         settings.data,
@@ -68,7 +119,7 @@ def build_task(settings: Settings, num_clients: int, seed: int) -> Task:
 def check_task(settings: Settings, systems: list[str], num_clients: int) -> None:
     """Build the task and draw what everybody draws, so that what is wrong shows now.
 
-    Images are decoded here for all processes that follow.
+    Images are decoded, and texts read by the trunk, here for all processes that follow.
 
     Parameters
     ----------
@@ -86,15 +137,35 @@ def check_task(settings: Settings, systems: list[str], num_clients: int) -> None
         model with experts and the task's has none.
     """
     task = build_task(settings, num_clients, settings.seed)
-    if settings.task != "digits" and (unable := [s for s in systems if s in NEED_EXPERTS]):
+    if settings.task not in HAVE_EXPERTS and (unable := [s for s in systems if s in NEED_EXPERTS]):
         raise ConfigError(
             f"system {unable[0]!r} needs a model with experts, task={settings.task!r} has none"
         )
+    if settings.task in TEXT_TASKS:
+        if unable := [s for s in systems if s in NOT_ON_TEXTS]:
+            raise ConfigError(
+                f"system {unable[0]!r} has no way yet to train task={settings.task!r}"
+            )
+        with torch.device("meta"):
+            task.build_model()
     task.public_data(), task.train_data(0), task.test_data()
 
 
-def _check_digits(settings: Settings) -> None:
-    for key in ("model", "model-width", "num-train", "num-test", "augment"):
+def _check_choices(settings: Settings) -> None:
+    for key in NO_CHOICE.get(settings.task, ()):
         value = settings.to_mapping()[key]
         if value:
-            raise ConfigError(f"{key}={value!r}: expected none, task='digits' has no such choice")
+            raise ConfigError(
+                f"{key}={value!r}: expected none, task={settings.task!r} has no such choice"
+            )
+
+
+def _lora_plan(settings: Settings) -> LoraPlan:
+    return LoraPlan(
+        settings.num_experts,
+        settings.top_k,
+        settings.lora_rank,
+        settings.lora_alpha,
+        tuple(name.strip() for name in settings.lora_targets.split(",") if name.strip()),
+        cast(GateKind, settings.lora_gate),
+    )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from flwr_moe.app.settings_network import NetworkSettings
 from flwr_moe.app.settings_run import AVAILABLE_TASKS, RunSettings
 from flwr_moe.app.settings_systems import SystemSettings
+from flwr_moe.app.settings_text import TextSettings
 from flwr_moe.app.spec import ConfigError, Spec, Value, parse_utc, suggest
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Settings(SystemSettings, NetworkSettings, RunSettings):
+class Settings(SystemSettings, NetworkSettings, TextSettings, RunSettings):
     """All settings of one run, checked and of the right type.
 
     Attribute names are the keys with ``-`` and ``.`` as ``_`` (``ems-fl.gate`` is

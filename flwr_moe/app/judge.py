@@ -9,19 +9,21 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from flwr_moe.app.tracker import Judge, Verdict
+from flwr_moe.client_apps.gate_report import gate_inputs_by_batch
 from flwr_moe.experts import (
     ExpertLayout,
     Router,
-    cluster_logits,
-    gate_inputs,
     mixed_log_probs,
     most_probable_log_probs,
 )
+from flwr_moe.experts.mixture import ClusterAnswers
 from flwr_moe.strategies import EMSFL
 from flwr_moe.strategies.ems_plan import Experts, assigned_affinity, own_experts
 from flwr_moe.tasks import Samples, Task, accuracy_and_loss, predict
+from flwr_moe.tasks.task import gate_view
 
 
 def judge_model(task: Task) -> Judge:
@@ -66,6 +68,7 @@ class EMSJudge:
         self.site_of_sample = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         self.model = task.build_model()
         self.layout = ExpertLayout.of(self.model)
+        self._answers = ClusterAnswers(self.model, self.layout, self.tests.x, predict)
         self._routed: tuple[Router, NDArray[np.float64]] | None = None
 
     def __call__(self, arrays: ArrayRecord) -> Verdict:
@@ -83,7 +86,7 @@ class EMSJudge:
             # Before the gate is fitted, the model answers as it started.
             return accuracy_and_loss(predict(self.model, self.tests.x), self.tests.y)
         combine = mixed_log_probs if self.inference == "mixture" else most_probable_log_probs
-        logits = cluster_logits(self.model, self.layout, state, owned, self.tests.x, predict)
+        logits = self._answers(state, owned)
         return accuracy_and_loss(combine(logits, self.posterior(owned, router)), self.tests.y)
 
     def posterior(self, owned: list[Experts], router: Router | None) -> NDArray[np.float64]:
@@ -92,12 +95,13 @@ class EMSJudge:
         if router is not None:
             # The router is fitted once and for all, or nearly so; its verdict is kept.
             if self._routed is None or self._routed[0] is not router:
-                self._routed = (router, router.posterior(x))
+                self._routed = (router, router.posterior(gate_view(self.task, x)))
             return self._routed[1]
-        inputs = gate_inputs(self.model, self.layout, x)[0]
-        gate = self.model.get_submodule(self.layout.moe_layers[0].gate)
-        with torch.no_grad():
-            mass_TE = gate(inputs).double().softmax(-1).numpy()
+        inputs = gate_inputs_by_batch(self.model, self.layout, x)[0]
+        state = self.model.state_dict()
+        rows = {key.rsplit(".", 1)[-1]: state[key] for key in self.layout.gate_rows[0]}
+        logits_TE = functional.linear(inputs, rows["weight"], rows.get("bias"))
+        mass_TE = logits_TE.double().softmax(-1).numpy()
         mass_BE = mass_TE.reshape(len(x), -1, mass_TE.shape[-1]).mean(1)
         return np.stack([mass_BE[:, experts[0]].sum(1) for experts in owned], 1)
 

@@ -28,6 +28,7 @@ from flwr_moe.network import (
     SatelliteLinks,
     SimulatedGrid,
     call_roll,
+    with_wire_dtype,
 )
 from flwr_moe.report import HistoryRow, RunRecord, VirtualTimeProgress
 
@@ -86,7 +87,7 @@ def run_system(
             on_progress(now_s, last[-1] if last else None)
 
     horizon_s = settings.horizon_hours * 3600
-    network = build_network(grid, links, settings, advance)
+    network = with_wire_dtype(build_network(grid, links, settings, advance), settings.wire_dtype)
     tracker = Tracker(
         system_name, seed, network, system.judge, settings.eval_every_minutes * 60, last.append
     )

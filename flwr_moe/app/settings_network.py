@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flwr_moe.app.spec import setting
+from flwr_moe.network.wire_dtype import WIRE_DTYPES
 
 LINKS = ("satellite", "wireless", "fixed", "trace", "real")
 LOOPBACK = "127.0.0.1:0"
@@ -30,6 +31,11 @@ class NetworkSettings:
         "clock=wall: seconds of the pass table in a second; other than 1 for rehearsals",
         minimum=0,
         open_minimum=True,
+    )
+    wire_dtype: str = setting(
+        "float32",
+        "floats in Flower's messages; the halves are rounded, and take half the bytes",
+        choices=WIRE_DTYPES,
     )
     exchange_url: str = setting(
         "",

@@ -18,7 +18,7 @@ SYSTEMS = (
     "emo",
     "local",
 )
-AVAILABLE_TASKS = ("digits", "cifar10")
+AVAILABLE_TASKS = ("digits", "cifar10", "ag-news", "text")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RunSettings:
     top_k: int = setting(2, "experts active per sample", minimum=1)
     partition: str = setting(
         "domains",
-        "how the data is shared out; domains is of digits, with images it means iid",
+        "how the data is shared out; domains: by camera, topic or place, with cifar10 iid",
         choices=("domains", "iid", "dirichlet", "conflict"),
     )
     dirichlet_alpha: float = setting(
@@ -54,10 +54,14 @@ class RunSettings:
     batch_size: int = setting(16, "samples a training step", minimum=1)
     local_steps: int = setting(0, "training steps per update; 0: the system's own", minimum=0)
     max_local_steps: int = setting(1000, "most training steps between two passes", minimum=1)
-    model: str = setting("", "vgg-small, vgg11, vgg13, vgg16 or vgg19; empty: the task's own")
+    model: str = setting(
+        "",
+        "vgg-small, vgg11, vgg13, vgg16 or vgg19; with ag-news a Hugging Face name or folder of "
+        "an encoder; empty: the task's own",
+    )
     model_width: float = setting(0.0, "factor on the channels; 0: the task's own", minimum=0)
-    num_train: int = setting(0, "training images of all clients; 0: all there are", minimum=0)
-    num_test: int = setting(0, "test images; 0: all there are", minimum=0)
+    num_train: int = setting(0, "training samples of all clients; 0: all there are", minimum=0)
+    num_test: int = setting(0, "test samples; 0: all there are", minimum=0)
     augment: bool = setting(False, "shift and mirror training images at random")
-    data: str = setting("", "folder with the data set as parquet")
+    data: str = setting("", "folder with the data set as parquet; with task=text a text file")
     out: str = setting("", "results folder of `flwr run`")

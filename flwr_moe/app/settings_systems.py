@@ -117,6 +117,17 @@ class SystemSettings:
         "fedsl.server",
         choices=("copies", "shared"),
     )
+    fedsl_labels: str = setting(
+        "server",
+        "server: labels travel with activations; client: they stay, and so does the model's end",
+        "fedsl.labels",
+        choices=("server", "client"),
+    )
+    fedsl_top_cut: str = setting(
+        "",
+        "with labels=client, layer after which the client's end begins; empty: the last possible",
+        "fedsl.top-cut",
+    )
     fedsl_server_speedup: float = setting(
         100.0,
         "the server's speed as a multiple of a device's",

@@ -21,6 +21,7 @@ from flwr_moe.exchange.app import Handler
 from flwr_moe.experts import ExpertLayout, median_gamma
 from flwr_moe.strategies import EMSFL, FedAsync, FedBuff, FedMoEDA, SplitFed
 from flwr_moe.tasks import Task
+from flwr_moe.tasks.task import gate_view
 
 
 @dataclass
@@ -115,7 +116,7 @@ def _build_emo(settings: Settings, task: Task, seed: int) -> System:
 def _build_ems_fl(settings: Settings, task: Task, seed: int) -> System:
     with torch.device("meta"):
         layout = ExpertLayout.of(task.build_model())
-    public = task.public_data()
+    seen = gate_view(task, task.public_data().x)
     strategy = EMSFL(
         layout,
         gate=settings.ems_fl_gate,
@@ -123,9 +124,9 @@ def _build_ems_fl(settings: Settings, task: Task, seed: int) -> System:
         min_experts=settings.min_experts,
         max_experts=settings.max_experts,
         train_shared=settings.ems_fl_train_shared,
-        num_inputs=public.x[0].numel(),
+        num_inputs=seen[0].numel(),
         num_features=settings.ems_fl_num_features,
-        gamma=median_gamma(public.x.numpy()),
+        gamma=median_gamma(seen.numpy()),
         wait_for_all=settings.ems_fl_wait_for_all,
         min_available_nodes=task.num_clients,
         seed=seed,

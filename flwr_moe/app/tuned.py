@@ -44,12 +44,24 @@ TUNED = {
 }
 #: Where data is not split by domain, models start untrained.
 TUNED_UNTRAINED = {name: Tuned(0.003, 40) for name in ("fedavg", "emo", "splitfed", "fedsl")}
+#: LoRA experts of pretrained encoders.
+TUNED_TEXT = {
+    "ems-fl": Tuned(0.001, UNTIL_CONTACT),
+    "fedavg": Tuned(0.001, 40),
+    "fedavg-until-pass": Tuned(0.001, UNTIL_CONTACT),
+    "fedasync": Tuned(0.0003, UNTIL_CONTACT),
+    "fedbuff": Tuned(0.0003, UNTIL_CONTACT),
+    "fedmoe-da": Tuned(0.001, 20),
+    "local": Tuned(0.001, 20),
+}
 
 
 def train_config(settings: Settings, system: str, seed: int) -> ConfigRecord:
     """Tell the devices how to train; settings of 0 become the tuned ones."""
     tuned = TUNED[system]
-    if settings.partition != "domains" or settings.task != "digits":
+    if settings.task == "ag-news":
+        tuned = TUNED_TEXT.get(system, tuned)
+    elif settings.partition != "domains" or settings.task != "digits":
         tuned = TUNED_UNTRAINED.get(system, tuned)
     steps = settings.local_steps or tuned.local_steps
     return ConfigRecord(

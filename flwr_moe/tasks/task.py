@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 
 class Samples(NamedTuple):
-    """Inputs (N, ...) and labels (N,)."""
+    """Inputs (N, ...) and labels (N,), or (N, T) where every token has one."""
 
     x: Tensor
     y: Tensor
@@ -70,3 +71,14 @@ class Task(Protocol):
         it is a random initialisation that all share.
         """
         ...
+
+
+def gate_view(task: Task, x: Tensor) -> Tensor:
+    """Return what EMS-FL's router sees of inputs (B, ...): numbers of shape (B, ...).
+
+    A task whose inputs are no vectors in which distance means likeness (hidden states of many
+    tokens, token ids) has a method ``gate_view(x)`` that makes such vectors of them; for all
+    others the router sees the inputs as they are.
+    """
+    view: Callable[[Tensor], Tensor] | None = getattr(task, "gate_view", None)
+    return x if view is None else view(x)

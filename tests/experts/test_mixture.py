@@ -12,6 +12,7 @@ from flwr_moe.experts import (
     most_probable_log_probs,
     restricted_gate,
 )
+from flwr_moe.experts.mixture import ClusterAnswers
 from tests.experts.models import both_kinds, build
 
 DOUBLE = 1e-12
@@ -72,3 +73,49 @@ def test_router():
         "router.bias": (3,),
         "router.owner": (3,),
     }
+
+
+def test_answers_of_every_token_are_mixed_like_those_of_samples():
+    # Two clusters, one sample of two tokens, two classes.
+    tokens_KBTC = ANSWERS_KBC.unsqueeze(1).log()
+    mixed = mixed_log_probs(tokens_KBTC, [[0.75, 0.25]]).exp()
+    assert mixed.shape == (1, 2, 2)
+    expected = [[0.75 * 0.9 + 0.25 * 0.2, 0.275], [0.75 * 0.6 + 0.25 * 0.5, 0.425]]
+    assert np.allclose(mixed[0].numpy(), expected, rtol=0, atol=1e-7)
+    best = most_probable_log_probs(tokens_KBTC, [[0.25, 0.75]]).exp()
+    assert np.allclose(best[0].numpy(), [[0.2, 0.8], [0.5, 0.5]], rtol=0, atol=DOUBLE)
+
+
+@both_kinds
+def test_only_clusters_that_changed_answer_anew(kind):
+    model = build(kind)
+    layout = ExpertLayout.of(model)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(2)).double()
+    experts_of = [{0: [0, 2], 1: [1]}, {0: [4], 1: [0, 3]}]
+    asked = []
+
+    def predict(submodel, inputs):
+        asked.append(1)
+        return submodel(inputs)
+
+    answers = ClusterAnswers(model, layout, x, predict)
+
+    def check(state, owned, new):
+        before = len(asked)
+        got = answers(state, owned)
+        expected = cluster_logits(model, layout, state, owned, x, lambda m, inputs: m(inputs))
+        assert torch.equal(got, expected) and len(asked) - before == new
+
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    check(state, experts_of, 2)
+    check({key: value.clone() for key, value in state.items()}, experts_of, 0)
+    part = layout.take(state, {0: [2]})
+    changed = layout.put(state, {key: value + 1 for key, value in part.items()})
+    check(changed, experts_of, 1)
+    # Experts that nobody asks, then the shared part.
+    idle = {key: value * 2 for key, value in layout.take(state, {0: [3]}).items()}
+    check(layout.put(changed, idle), experts_of, 0)
+    shared = next(key for key in layout.shared(state) if key.endswith("weight"))
+    check({**changed, shared: changed[shared] * 1.5}, experts_of, 2)
+    # Another owner of the same experts is another answer: the gate's rows are in another order.
+    check({**changed, shared: changed[shared] * 1.5}, [{0: [2, 0], 1: [1]}, experts_of[1]], 1)

@@ -1,0 +1,281 @@
+"""AG News, or texts like it, shared out over clients, and an encoder with LoRA experts."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from flwr_moe.tasks.parquet import SPLITS, split_file
+from flwr_moe.tasks.shares import balanced_draw, check_shares, matching_draw, share_out
+from flwr_moe.tasks.task import Samples
+from flwr_moe.tasks.text_cache import FloatArray
+from flwr_moe.tasks.text_data import LabelledTexts, hub_texts, read_texts
+from flwr_moe.tasks.text_encoder import Trunk, top_of
+from flwr_moe.tasks.text_lora import LoraPlan, with_experts
+from flwr_moe.tasks.text_model import TextClassifier, is_token, masked_mean
+from flwr_moe.tasks.text_topics import deal_by_topic, topics_of_clusters
+from flwr_moe.tasks.training import batch_size_for, train_steps
+
+PARTITIONS = ("domains", "iid", "dirichlet")
+NUM_PUBLIC, NUM_CLIENT_TEST, MIN_SAMPLES = 400, 200, 4
+WARM_STEPS, WARM_MOE_STEPS, WARM_LEARNING_RATE, WARM_MOE_LEARNING_RATE = 400, 30, 0.003, 0.001
+
+
+class AgNews:
+    """News in four topics, told apart by the last layers of a pretrained encoder.
+
+    A sample is what the encoder's lower layers make of a text, (T, D) in half precision: that
+    trunk is never trained, so it is run once. The layers above hold routed LoRA experts, which
+    are trained together with a linear head on the mean over the tokens.
+
+    The server's public share is drawn from the training file first, clients share what is left.
+    Partition ``"domains"`` deals it out by topic: a cluster sees two topics (see
+    :func:`flwr_moe.tasks.text_topics.topics_of_clusters`), every text goes to one client, and
+    the test texts of a topic are dealt to the clusters that see it, so that together they are
+    each tested once. In the other partitions the test texts are dealt to the clusters at random.
+    Files are opened at the first call for data.
+
+    Parameters
+    ----------
+    data : str
+        Folder that holds ``ag_news/train.parquet`` and ``ag_news/test.parquet``, or both files.
+    num_clients, num_clusters : int
+        Clients, dealt to the clusters in turn: partition p belongs to cluster p mod clusters.
+    lora : LoraPlan
+        Experts of the model.
+    seed : int
+        Decides who gets what, and the model's start.
+    partition : str
+        ``"domains"``, ``"iid"`` or ``"dirichlet"``.
+    dirichlet_alpha : float
+        Of the partition ``dirichlet``.
+    model : str
+        Hugging Face name or local folder of an encoder; empty for the bundled MiniLM.
+    max_length : int
+        Tokens of a text that are read.
+    lora_layers : int
+        Layers of the encoder, counted from its end, that are no part of the trunk.
+    num_train, num_test : int
+        Texts of all clients and of the test, equally many of each topic, 0 for all. Which ones
+        does not depend on the seed, so that the trunk has to read no others.
+    num_public : int
+        Texts of the server's public share.
+    hub : str
+        Name of a Hugging Face data set of such texts, used in place of ``data``.
+
+    Raises
+    ------
+    ValueError
+        If a setting is out of its range, a file is missing or the encoder has no weights here.
+
+    Notes
+    -----
+    Source: Zhang, Zhao and LeCun 2015 for the data; the rest is ours.
+    """
+
+    own_tests = False
+
+    def __init__(
+        self,
+        data: str,
+        num_clients: int,
+        num_clusters: int,
+        lora: LoraPlan,
+        seed: int = 0,
+        *,
+        partition: str = "domains",
+        dirichlet_alpha: float = 0.3,
+        model: str = "",
+        max_length: int = 48,
+        lora_layers: int = 2,
+        num_train: int = 0,
+        num_test: int = 0,
+        num_public: int = NUM_PUBLIC,
+        hub: str = "",
+    ) -> None:
+        if num_clusters < 1:
+            raise ValueError(f"num-clusters is {num_clusters}, expected at least 1")
+        if num_clients < num_clusters:
+            raise ValueError(
+                f"num-clients is {num_clients}, expected at least num-clusters = {num_clusters}"
+            )
+        if partition not in PARTITIONS:
+            raise ValueError(f"partition is {partition!r}, expected one of {', '.join(PARTITIONS)}")
+        if num_train < 0 or num_test < 0:
+            raise ValueError(f"num-train is {num_train}, num-test {num_test}, expected at least 0")
+        if num_public < 1:
+            raise ValueError(f"num-public is {num_public}, expected at least 1")
+        self.num_clients = num_clients
+        self.num_clusters = num_clusters
+        self.lora = lora
+        self.seed = seed
+        self.partition = partition
+        self.dirichlet_alpha = dirichlet_alpha
+        self.num_train = num_train
+        self.num_test = num_test
+        self.num_public = num_public
+        self.hub = hub
+        self.trunk = Trunk(model, lora_layers, max_length)
+        self._files = {} if hub else {split: split_file(data, "ag_news", split) for split in SPLITS}
+
+    @cached_property
+    def num_classes(self) -> int:
+        """Topics."""
+        return int(self._texts("train").labels.max()) + 1
+
+    @cached_property
+    def topics(self) -> list[tuple[int, ...]]:
+        """Topics that each cluster sees."""
+        if self.partition == "domains":
+            return topics_of_clusters(self.num_classes, self.num_clusters)
+        return [tuple(range(self.num_classes))] * self.num_clusters
+
+    def cluster_of(self, partition_id: int) -> int:
+        """Return the cluster of a client."""
+        return partition_id % self.num_clusters
+
+    def train_data(self, partition_id: int) -> Samples:
+        """Return a client's own texts as the trunk reads them, (N, T, D)."""
+        return self._samples("train", self._share(partition_id))
+
+    def public_data(self) -> Samples:
+        """Return the server's texts; no client has them."""
+        return self._samples("train", self._public)
+
+    def test_data(self) -> list[Samples]:
+        """Return every cluster's part of the test texts."""
+        return [self._samples("test", part) for part in self._tests]
+
+    def client_test_data(self, partition_id: int) -> Samples:
+        """Return about 200 test texts whose topics are mixed as in the client's own texts."""
+        own = self._labels("train")[self._share(partition_id)]
+        rng = np.random.default_rng([self.seed, 3, partition_id])
+        labels = self._labels("test")
+        drawn = matching_draw(labels, own, NUM_CLIENT_TEST, self.num_classes, rng)
+        return self._samples("test", drawn)
+
+    def build_model(self) -> nn.Module:
+        """Return the trained part of the encoder: a fresh head, and experts that do nothing yet."""
+        return with_experts(self._classifier(), self.lora)
+
+    def warm_model(self) -> nn.Module:
+        """Return the model that everybody starts from, trained on the public share.
+
+        The head learns first, while the encoder is as it was pretrained; then the experts and
+        their gates learn along with it.
+        """
+        public = self.public_data()
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            plain = self._classifier().eval()
+            with torch.no_grad():
+                parts = public.x.split(batch_size_for(public.x))
+                seen = Samples(torch.cat([plain.pooled(part) for part in parts]), public.y)
+            train_steps(plain.head, seen, WARM_STEPS, WARM_LEARNING_RATE, 32, generator)
+            model = with_experts(plain, self.lora)
+            train_steps(model, public, WARM_MOE_STEPS, WARM_MOE_LEARNING_RATE, 16, generator)
+        return model
+
+    def gate_view(self, x: Tensor) -> Tensor:
+        """Return the mean over its tokens of what the trunk makes of a text, (B, D)."""
+        hidden_BTD = x.float()
+        return masked_mean(hidden_BTD, is_token(hidden_BTD))
+
+    def _classifier(self) -> TextClassifier:
+        top = top_of(self.trunk.where, self.trunk.top_layers)
+        return TextClassifier(top, top.config.hidden_size, self.num_classes)
+
+    def _texts(self, split: str) -> LabelledTexts:
+        return hub_texts(self.hub, split) if self.hub else read_texts(self._files[split])
+
+    def _labels(self, split: str) -> NDArray[np.int64]:
+        return self._texts(split).labels[self._rows[split]]
+
+    def _samples(self, split: str, places: NDArray[np.int64]) -> Samples:
+        hidden = self._hidden(split)[places]
+        labels = self._labels(split)[places]
+        return Samples(torch.from_numpy(np.array(hidden)), torch.from_numpy(labels))
+
+    def _hidden(self, split: str) -> FloatArray:
+        if split not in self._read:
+            found, rows = self._texts(split), self._rows[split]
+            drawn = "" if len(rows) == len(found.labels) else f" {rows.tolist()}"
+            texts = [found.texts[i] for i in rows]
+            self._read[split] = self.trunk.hidden(texts, f"{found.mark}{drawn}")
+        return self._read[split]
+
+    @cached_property
+    def _read(self) -> dict[str, FloatArray]:
+        return {}
+
+    @cached_property
+    def _rows(self) -> dict[str, NDArray[np.int64]]:
+        """Rows of the files that are used at all."""
+        wanted = {"train": self.num_train and self.num_train + self.num_public}
+        wanted["test"] = self.num_test
+        rows = {}
+        for split, size in wanted.items():
+            labels = self._texts(split).labels
+            spare = len(labels) - (self.num_public if split == "train" else 0)
+            asked = self.num_train if split == "train" else self.num_test
+            if asked > max(spare, 0):
+                raise ValueError(
+                    f"num-{split} is {asked}, expected at most {max(spare, 0)} with this data"
+                )
+            rng = np.random.default_rng([0, 4])
+            every = np.arange(len(labels))
+            rows[split] = balanced_draw(labels, size, self.num_classes, rng) if size else every
+        return rows
+
+    @cached_property
+    def _public(self) -> NDArray[np.int64]:
+        labels = self._labels("train")
+        most = len(labels) - self.num_clients * MIN_SAMPLES
+        if self.num_public > most:
+            raise ValueError(
+                f"num-public is {self.num_public}, expected at most {max(most, 0)} with this data: "
+                f"each of {self.num_clients} clients needs {MIN_SAMPLES}"
+            )
+        rng = np.random.default_rng([self.seed, 0])
+        return balanced_draw(labels, self.num_public, self.num_classes, rng)
+
+    @cached_property
+    def _tests(self) -> list[NDArray[np.int64]]:
+        labels = self._labels("test")
+        return deal_by_topic(labels, self.topics, [self.seed, 2])
+
+    def _share(self, partition_id: int) -> NDArray[np.int64]:
+        if not 0 <= partition_id < self.num_clients:
+            raise ValueError(
+                f"partition-id is {partition_id}, expected 0 to {self.num_clients - 1}"
+            )
+        return self._shares[partition_id]
+
+    @cached_property
+    def _shares(self) -> list[NDArray[np.int64]]:
+        labels = self._labels("train")
+        rest = np.setdiff1d(np.arange(len(labels)), self._public)
+        if self.partition == "domains":
+            check_shares(len(rest), self.num_clients, "iid", 1.0, MIN_SAMPLES)
+            holders = [self.topics[self.cluster_of(p)] for p in range(self.num_clients)]
+            shares = deal_by_topic(labels[rest], holders, [self.seed, 1])
+            if min(map(len, shares)) < 1:
+                raise ValueError(
+                    f"num-clients is {self.num_clients}, expected fewer: the topics of client "
+                    f"{int(np.argmin([len(s) for s in shares]))} have too few texts"
+                )
+        else:
+            shares = share_out(
+                labels[rest],
+                self.num_clients,
+                self.partition,
+                self.dirichlet_alpha,
+                self.seed,
+                MIN_SAMPLES,
+            )
+        return [rest[share] for share in shares]
