@@ -229,7 +229,11 @@ def _write_weights(folder: Path, runs: Sequence[RunRecord]) -> None:
 
     for run in runs:
         if run.weights:
-            write_shards(folder, run.weights, f"weights-{run.system}-seed{run.seed}")
+            stem = f"weights-{run.system}-seed{run.seed}"
+            # A comparison writes its folder again after every run.
+            for old in folder.glob(f"{stem}[.-]*"):
+                old.unlink()
+            write_shards(folder, run.weights, stem)
 
 
 def _versions() -> dict[str, str]:

@@ -217,6 +217,17 @@ def test_weights_keep_shape_and_values(tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded[name], array)
 
 
+def test_a_folder_is_written_again_after_every_run(tmp_path: Path) -> None:
+    first, second = fake_run("fedavg"), fake_run("ems-fl")
+    for runs in ([first], [first, second]):
+        for run in runs:
+            run.weights = {"w": np.full(3, float(len(runs)), dtype=np.float32)}
+        write_results(tmp_path, runs, {}, "digits", "satellite", 60.0)
+    for name in ("fedavg", "ems-fl"):
+        saved = load_file(tmp_path / f"weights-{name}-seed0.safetensors")
+        np.testing.assert_array_equal(saved["w"], [2.0, 2.0, 2.0])
+
+
 def test_load_returns_what_was_written(tmp_path: Path) -> None:
     written = write(tmp_path, fake_run(), fake_run(seed=1), fake_run("fedavg"))
     loaded = load_results(tmp_path)
