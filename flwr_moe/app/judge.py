@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from flwr_moe.app.tracker import Judge, Verdict
 from flwr_moe.client_apps.gate_report import gate_inputs_by_batch
@@ -20,6 +19,7 @@ from flwr_moe.experts import (
     most_probable_log_probs,
 )
 from flwr_moe.experts.mixture import ClusterAnswers
+from flwr_moe.experts.probe import probabilities_from_input
 from flwr_moe.strategies import EMSFL
 from flwr_moe.strategies.ems_plan import Experts, assigned_affinity, own_experts
 from flwr_moe.tasks import Samples, Task, accuracy_and_loss, predict
@@ -98,10 +98,8 @@ class EMSJudge:
                 self._routed = (router, router.posterior(gate_view(self.task, x)))
             return self._routed[1]
         inputs = gate_inputs_by_batch(self.model, self.layout, x)[0]
-        state = self.model.state_dict()
-        rows = {key.rsplit(".", 1)[-1]: state[key] for key in self.layout.gate_rows[0]}
-        logits_TE = functional.linear(inputs, rows["weight"], rows.get("bias"))
-        mass_TE = logits_TE.double().softmax(-1).numpy()
+        layer, state = self.layout.moe_layers[0], self.model.state_dict()
+        mass_TE = probabilities_from_input(inputs, layer, state).numpy()
         mass_BE = mass_TE.reshape(len(x), -1, mass_TE.shape[-1]).mean(1)
         return np.stack([mass_BE[:, experts[0]].sum(1) for experts in owned], 1)
 
