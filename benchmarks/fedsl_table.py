@@ -78,7 +78,7 @@ def main() -> int:
                 "variant": name,
                 "seed": seed,
                 "final": run.history[-1].accuracy,
-                "server-mb": run.summary["server-bytes"] / 1e6,
+                "server-mb": (run.history[-1].uplink_bytes + run.history[-1].downlink_bytes) / 1e6,
                 "minutes": run.history[-1].time_s / 60,
             }
             print(json.dumps(line), flush=True)

@@ -11,8 +11,8 @@ Flower's simulation engine (`message_s`), over `exchange_s`; `step_times_faster`
 steps.
 
 `client_ratio`: the client's wall time of a step of FedSL over that of SplitFed, by prune rate, with
-waiting for the server taken off; a small VGG with batch norm, 8 bits and half of the activation
-dropped, to be at most `client_bar`. `client_ratio_pruning_only` is without codecs.
+waiting for the server taken off; a small VGG with batch norm, 8 bits and dropout at the cut as in
+README's run, to be at most `client_bar`. `client_ratio_pruning_only` is without codecs.
 """
 
 import argparse
@@ -204,11 +204,13 @@ def measure_step(name: str, at: str, batch: int, steps: int) -> dict[str, float]
     return {**found, "message_s": message_s(activation, 5), "bytes": activation.nbytes}
 
 
-def measure_client(at: str, batch: int, steps: int) -> dict[str, dict[str, float]]:
+def measure_client(
+    at: str, batch: int, steps: int, width: float, dropout: float
+) -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
-    model = VGG("vgg-small", norm="batch")
+    model = VGG("vgg-small", width=width, norm="batch")
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,), dtype=torch.uint8)
-    light: dict[str, object] = {"bits": 8, "dropout": 0.5}
+    light: dict[str, object] = {"bits": 8, "dropout": dropout}
     runs = {
         "splitfed": (0.0, {}),
         **{f"prune {rate}": (rate, {}) for rate in RATES},
@@ -246,9 +248,14 @@ def main() -> None:
     parser.add_argument("--at", default="features.1")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--width", type=float, default=1.0, help="of the client's small VGG")
+    parser.add_argument("--client-batch-size", type=int, default=32)
+    parser.add_argument("--dropout", type=float, default=0.36, help="at the client's cut")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    client = measure_client(chosen.at, chosen.batch_size, chosen.steps)
+    client = measure_client(
+        chosen.at, chosen.client_batch_size, 10 * chosen.steps, chosen.width, chosen.dropout
+    )
     found = measure_step(chosen.model, chosen.at, chosen.batch_size, chosen.steps)
     ratio = found["split_s"] / found["one_process_s"]
     summary = {
@@ -265,6 +272,7 @@ def main() -> None:
         "at": chosen.at,
         "batch_size": chosen.batch_size,
         "client_bar": CLIENT_BAR,
+        "client": f"vgg-small at width {chosen.width:g}, batch {chosen.client_batch_size}",
         **client,
     }
     print(json.dumps(summary))

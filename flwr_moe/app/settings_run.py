@@ -63,5 +63,11 @@ class RunSettings:
     num_train: int = setting(0, "training samples of all clients; 0: all there are", minimum=0)
     num_test: int = setting(0, "test samples; 0: all there are", minimum=0)
     augment: bool = setting(False, "shift and mirror training images at random")
+    train_dtype: str = setting(
+        "float32", "floats that devices train with", choices=("float32", "bfloat16")
+    )
+    gradient_checkpointing: bool = setting(
+        False, "transformers on devices keep less in memory and compute it twice"
+    )
     data: str = setting("", "folder with the data set as parquet; with task=text a text file")
     out: str = setting("", "results folder of `flwr run`")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from flwr_moe.client_apps.gate_report import (
@@ -20,6 +20,8 @@ from flwr_moe.client_apps.training import (
     train_reply,
 )
 from flwr_moe.experts import ExpertLayout
+from flwr_moe.network.wire_dtype import state_of, to_record
+from flwr_moe.tasks.precision import as_sent, prepare
 from flwr_moe.tasks.task import gate_view
 
 TRAIN_EXPERTS = "train.experts"
@@ -67,6 +69,8 @@ def register_expert_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
         with torch.device("meta"):
             full = task.build_model()
         layout = ExpertLayout.of(full)
+        # Before the submodel is built: its tensors are allocated in the dtype they are trained in.
+        prepare(full, order.dtype, order.checkpointing)
         model = own_model(full, layout, message, shared, experts)
         train_shared = bool(config.get("train-shared", False))
         gates = {key for keys in layout.gate_rows for key in keys}
@@ -79,17 +83,17 @@ def register_expert_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
         data = task.train_data(partition_id)
         loss = train_by_order(model, data, order, trainable)
         state = model.state_dict()
-        record = ArrayRecord(layout.from_submodel_state(state, experts))
+        own = layout.from_submodel_state(state, experts)
+        sent = state_of(message.content.array_records["experts"])
         reply = train_reply(
             message,
             "experts",
-            record,
+            to_record(as_sent(own, sent)),
             {"num-examples": len(data), "steps": order.steps, "train-loss": loss},
         )
         if train_shared:
-            reply.content[TRAINED_SHARED] = ArrayRecord(
-                {k: v for k, v in layout.shared(state).items() if k not in gates}
-            )
+            trained = {k: v for k, v in layout.shared(state).items() if k not in gates}
+            reply.content[TRAINED_SHARED] = to_record(as_sent(trained, shared))
         return reply
 
     return app

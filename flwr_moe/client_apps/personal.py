@@ -20,6 +20,7 @@ from flwr_moe.experts.layout import PART_NAME, part_name
 from flwr_moe.experts.mixing_plan import plan_from_config
 from flwr_moe.experts.personal import ExpertSet, mix_experts, split_state
 from flwr_moe.network.traffic import PEER_BYTES
+from flwr_moe.network.wire_dtype import state_of, to_record
 
 ClientAppCallable = Callable[[Message, Context], Message]
 Mod = Callable[[Message, Context, ClientAppCallable], Message]
@@ -77,13 +78,13 @@ def personal_mod(
         visit = _Visit(known, context, config)
         state, metrics = visit.arrive(sent, arrayrecord_key)
         kept = {k: v for k, v in sent.items() if k not in (arrayrecord_key, "experts", "gate")}
-        message.content = RecordDict({arrayrecord_key: ArrayRecord(state), **kept})
+        message.content = RecordDict({arrayrecord_key: to_record(state), **kept})
         reply = call_next(message, context)
         if reply.has_error():
             return reply
         if arrayrecord_key not in reply.content.array_records:
             raise ValueError(f"the reply has no ArrayRecord {arrayrecord_key!r}")
-        trained = reply.content.array_records[arrayrecord_key].to_torch_state_dict()
+        trained = state_of(reply.content.array_records[arrayrecord_key])
         records = {k: v for k, v in reply.content.items() if k != arrayrecord_key}
         told = next(iter(reply.content.metric_records), "metrics")
         records[told] = MetricRecord({**reply.content.metric_records.get(told, {}), **metrics})
@@ -118,14 +119,14 @@ class _Visit:
 
     def arrive(self, sent: RecordDict, key: str) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return the full state to train from, and what to tell of the traffic."""
-        rest = sent.array_records[key].to_torch_state_dict() if key in sent.array_records else {}
+        rest = state_of(sent.array_records[key]) if key in sent.array_records else {}
         experts: ExpertSet = {}
         if self.config.get("full", False):
             rest, experts = split_state(self.layout, rest)
         own = self.context.state.array_records.get(OWN_STATE)
         if own is not None:
             # A full message too: its own tensors are those that all started with.
-            rest |= own.to_torch_state_dict()
+            rest |= state_of(own)
         elif not experts:
             raise ValueError("the node has lost its own tensors, the full model is needed")
         if self.relay:
@@ -155,7 +156,7 @@ class _Visit:
         }
         records = {}
         if self.relay:
-            records["experts"] = ArrayRecord(
+            records["experts"] = to_record(
                 {
                     part_name(*where, name): tensor
                     for where, expert in experts.items()
@@ -167,11 +168,11 @@ class _Visit:
             self.exchange.publish(self.round, experts)
             self.exchange.drop([self.server_version, self.own_version, self.round])
         if self.relay or self.config.get("report-gates", False):
-            records["gate"] = ArrayRecord({key: rest[key] for key in rest if key in gates})
+            records["gate"] = to_record({key: rest[key] for key in rest if key in gates})
         shared = {k: v for k, v in rest.items() if k not in stays}
         if shared:
-            records[TRAINED_SHARED] = ArrayRecord(shared)
-        self.context.state[OWN_STATE] = ArrayRecord({k: v for k, v in rest.items() if k in stays})
+            records[TRAINED_SHARED] = to_record(shared)
+        self.context.state[OWN_STATE] = to_record({k: v for k, v in rest.items() if k in stays})
         self.context.state[OWN_VERSION] = MetricRecord({"version": self.round})
         return records
 
@@ -181,9 +182,9 @@ class _Visit:
         if came is None:
             return {}
         gates = sent.array_records.get("gate")
-        rows = {**rest, **(gates.to_torch_state_dict() if gates else {})}
+        rows = {**rest, **(state_of(gates) if gates else {})}
         experts: ExpertSet = {}
-        for name, tensor in came.to_torch_state_dict().items():
+        for name, tensor in state_of(came).items():
             match = PART_NAME.fullmatch(name)
             if match is None:
                 raise ValueError(f"the message has an unknown expert tensor {name!r}")

@@ -10,7 +10,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from flwr_moe.network.wire_dtype import state_of, to_record
 from flwr_moe.tasks import Samples, Task, accuracy_and_loss, predict, train_steps
+from flwr_moe.tasks.precision import as_sent, check_train_dtype, prepare
 from flwr_moe.tasks.training import Transform
 
 TaskFn = Callable[[Context], Task]
@@ -32,12 +34,19 @@ class TrainOrder:
         Of the local optimiser.
     seed : int
         Run seed and position of this training in the run, folded into one number.
+    dtype : str
+        ``train-dtype``, float32 where the message does not say; see
+        :func:`~flwr_moe.tasks.precision.prepare`.
+    checkpointing : bool
+        ``gradient-checkpointing``, false where the message does not say.
     """
 
     steps: int
     learning_rate: float
     batch_size: int
     seed: int
+    dtype: str = "float32"
+    checkpointing: bool = False
 
     @classmethod
     def of(cls, config: ConfigRecord, partition_id: int) -> TrainOrder:
@@ -46,8 +55,18 @@ class TrainOrder:
         Raises
         ------
         ValueError
-            If a key is missing, or not a number of the expected range.
+            If a key is missing, not a number of the expected range, or of another kind.
         """
+        dtype, checkpointing = (
+            config.get("train-dtype", "float32"),
+            config.get("gradient-checkpointing", False),
+        )
+        check_train_dtype(str(dtype))
+        if not isinstance(checkpointing, bool):
+            raise ValueError(
+                f"'gradient-checkpointing' is {checkpointing!r} in the message, "
+                "expected true or false"
+            )
         steps = _number(config, "local-steps", 0)
         if steps == 0:
             steps = _number(config, "max-local-steps", 1)
@@ -62,6 +81,8 @@ class TrainOrder:
             _number(config, "learning-rate", 0),
             int(_number(config, "batch-size", 1)),
             seed,
+            str(dtype),
+            checkpointing,
         )
 
     @property
@@ -159,8 +180,9 @@ def register_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
         task, partition_id = task_of(context), partition_of(context)
         config = message.content.config_records["config"]
         order = TrainOrder.of(config, partition_id)
-        model = task.build_model()
-        model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+        sent = state_of(message.content.array_records["arrays"])
+        model = prepare(task.build_model(), order.dtype, order.checkpointing)
+        model.load_state_dict(sent)
         data = task.train_data(partition_id)
         own = _own_test(model, task, partition_id) if config.get(EVALUATE_OWN, False) else {}
         loss = train_by_order(model, data, order, transform=getattr(task, "augment", None))
@@ -170,14 +192,15 @@ def register_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
             "train-loss": loss,
             **own,
         }
-        return train_reply(message, "arrays", ArrayRecord(model.state_dict()), metrics)
+        record = to_record(as_sent(model.state_dict(), sent))
+        return train_reply(message, "arrays", record, metrics)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         torch.set_num_threads(1)
         task, partition_id = task_of(context), partition_of(context)
         model = task.build_model()
-        model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+        model.load_state_dict(state_of(message.content.array_records["arrays"]))
         data: Samples = task.test_data()[task.cluster_of(partition_id)]
         accuracy, loss = accuracy_and_loss(predict(model, data.x), data.y)
         metrics = MetricRecord({"num-examples": len(data), "accuracy": accuracy, "loss": loss})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,11 +26,12 @@ def prepare(model: nn.Module, dtype: str = "float32", checkpointing: bool = Fals
         Real or on the meta device; a submodel that is built from it afterwards is prepared too.
     dtype : str
         ``"float32"`` leaves the model as it is. With ``"bfloat16"`` its parameters are kept and
-        trained in half precision; buffers (rotary frequencies, routing corrections, running
-        statistics), and normalisation by running statistics, stay as they are. Floating-point
-        inputs are cast on their way in, an output that is a tensor is cast to float32. Of a LoRA
-        mixture the frozen base is cast, and what is trained stays float32; a base that several
-        models share is better loaded in half precision to begin with.
+        trained in half precision, and tables outside its state (positions) are kept so; other
+        buffers (rotary frequencies, routing corrections), and normalisation by running statistics,
+        stay as they are. Floating-point inputs are cast on their way in, an output that is a
+        tensor is cast to float32. Of a LoRA mixture the frozen base is cast, and what is trained
+        stays float32; a base that several models share is better loaded in half precision to
+        begin with.
     checkpointing : bool
         Keep the activations between the layers of transformers' models only, and compute the
         others anew in the backward pass (gradient checkpointing; Chen et al. 2016).
@@ -74,9 +75,7 @@ def as_sent(state: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> dict[str
 
 def _halve_parameters(model: nn.Module) -> None:
     halved: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            continue
+    for module in _that_can_be_halved(model):
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point():
                 half = nn.Parameter(parameter.detach().bfloat16(), parameter.requires_grad)
@@ -87,7 +86,7 @@ def _halve_parameters(model: nn.Module) -> None:
 def _halve_base(model: nn.Module) -> None:
     """Halve the frozen base of a LoRA mixture."""
     halved: dict[int, Tensor] = {}
-    for module in model.modules():
+    for module in _that_can_be_halved(model):
         for name in vars(module).get("submodels_share", ()):
             buffer = module.get_buffer(name)
             if buffer.is_floating_point():
@@ -95,6 +94,21 @@ def _halve_base(model: nn.Module) -> None:
         # LoRA experts take any input; modules that are trained whole need that of their dtype.
         if module._parameters and not hasattr(module, "lora_A"):
             module.register_forward_pre_hook(_cast_inputs_to_own)
+
+
+def _that_can_be_halved(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules but those with running statistics; tables of theirs have been halved."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
+        for name in module._non_persistent_buffers_set - set(
+            vars(module).get("submodels_share", ())
+        ):
+            table = module._buffers[name]
+            # Added to activations, they would make them single again; frequencies are 1-D.
+            if table is not None and table.ndim > 1 and table.is_floating_point():
+                module._buffers[name] = table.bfloat16()
+        yield module
 
 
 def _cast_inputs_to_half(
