@@ -146,8 +146,10 @@ def _compare(options: argparse.Namespace) -> int:
     flags = {"task": options.task, "links": options.links, "data": options.data}
     given.update({key: value for key, value in flags.items() if value is not None})
     settings = Settings.from_mapping(given)
-    if settings.data and not Path(settings.data).is_dir():
-        raise ConfigError(f"data={settings.data!r}: no such folder")
+    where = Path(settings.data)
+    if settings.data and not (where.is_file() if settings.task == "text" else where.is_dir()):
+        kind = "file" if settings.task == "text" else "folder"
+        raise ConfigError(f"data={settings.data!r}: no such {kind}")
     out = options.out or settings.out or "runs/compare"
     return _run(list(dict.fromkeys(options.systems)), settings, options.seeds, out)
 

@@ -39,8 +39,10 @@ def run(options: argparse.Namespace) -> int:
     flags = {"task": options.task, "data": options.data}
     given.update({key: value for key, value in flags.items() if value is not None})
     settings = Settings.from_mapping(given)
-    if settings.data and not Path(settings.data).is_dir():
-        raise ConfigError(f"data={settings.data!r}: no such folder")
+    where = Path(settings.data)
+    if settings.data and not (where.is_file() if settings.task == "text" else where.is_dir()):
+        kind = "file" if settings.task == "text" else "folder"
+        raise ConfigError(f"data={settings.data!r}: no such {kind}")
     rows = _task_table(settings)
     if options.json:
         records = [_record(row) for row in rows]
@@ -56,7 +58,10 @@ def _task_table(settings: Any) -> list[CutCost]:
     from flwr_moe.app.build_task import build_task
     from flwr_moe.split.costs import cut_table
 
+    settings = settings.replace(system="fedsl")
     clients = settings.num_clients or settings.num_clusters
+    if settings.task == "ag-news":  # no more texts for the encoder's trunk than it takes
+        settings = settings.replace(num_train=4 * clients, text_num_public=4)
     task = build_task(settings, clients, settings.seed)
     sample = task.public_data().x[:1]
     with torch.device("meta"):

@@ -20,8 +20,8 @@ NEED_EXPERTS = ("ems-fl", "fedmoe-da", "local")
 
 TEXT_TASKS = ("ag-news", "text")
 HAVE_EXPERTS = ("digits", *TEXT_TASKS)
-NOT_ON_TEXTS = ("splitfed", "fedsl", "emo")
-"""Systems that cannot train the models of these tasks yet."""
+PLAIN_ON_TEXTS = ("splitfed", "fedsl", "emo")
+"""Systems that cut a text model between plain layers."""
 
 NO_CHOICE = {
     "digits": ("model", "model-width", "num-train", "num-test", "augment"),
@@ -53,6 +53,7 @@ def build_task(settings: Settings, num_clients: int, seed: int) -> Task:
         If a setting does not fit the task, or its data are not there.
     """
     _check_choices(settings)
+    settings = settle_experts(settings, [settings.system])
     if settings.task == "digits":
         return Digits(
             num_clients,
@@ -74,7 +75,7 @@ def build_task(settings: Settings, num_clients: int, seed: int) -> Task:
             settings.data,
             num_clients,
             settings.num_clusters,
-            _lora_plan(settings),
+            None if settings.text_experts == "none" else _lora_plan(settings),
             seed,
             partition=settings.partition,
             dirichlet_alpha=settings.dirichlet_alpha,
@@ -91,7 +92,7 @@ def build_task(settings: Settings, num_clients: int, seed: int) -> Task:
             settings.data,
             num_clients,
             settings.num_clusters,
-            settings.num_experts,
+            0 if settings.text_experts == "none" else settings.num_experts,
             settings.top_k,
             seed,
             partition=settings.partition,
@@ -116,6 +117,49 @@ def build_task(settings: Settings, num_clients: int, seed: int) -> Task:
     )
 
 
+def settle_experts(settings: Settings, systems: list[str]) -> Settings:
+    """Decide what systems that are to be compared train of a model of texts: all train the same.
+
+    Parameters
+    ----------
+    settings : Settings
+        ``text.experts`` may be ``"auto"``: plain layers if one of the systems cuts the model.
+    systems : list of str
+        Systems to run.
+
+    Returns
+    -------
+    Settings
+        With ``text.experts`` decided; as they are for other tasks.
+
+    Raises
+    ------
+    ConfigError
+        If a system cannot train that, or not this task.
+    """
+    if settings.task not in TEXT_TASKS:
+        return settings
+    task, choice = settings.task, settings.text_experts
+    if task == "text" and "emo" in systems:
+        raise ConfigError(
+            "system 'emo' needs one label a sample, task='text' has one for every byte"
+        )
+    plain = [name for name in systems if name in PLAIN_ON_TEXTS]
+    routed = [name for name in systems if name in NEED_EXPERTS]
+    if plain and routed:
+        raise ConfigError(
+            f"systems {plain[0]!r} and {routed[0]!r}: on task={task!r} one trains plain layers and "
+            "the other experts, compare them apart"
+        )
+    if choice == "auto":
+        choice = "none" if plain else "routed"
+    if plain and choice == "routed":
+        raise ConfigError(f"text.experts='routed': system {plain[0]!r} trains plain layers")
+    if routed and choice == "none":
+        raise ConfigError(f"text.experts='none': system {routed[0]!r} trains experts")
+    return settings.replace(text_experts=choice)
+
+
 def check_task(settings: Settings, systems: list[str], num_clients: int) -> None:
     """Build the task and draw what everybody draws, so that what is wrong shows now.
 
@@ -136,16 +180,13 @@ def check_task(settings: Settings, systems: list[str], num_clients: int) -> None
         As :func:`build_task`, or if the data cannot be read or are too few, or a system needs a
         model with experts and the task's has none.
     """
+    settings = settle_experts(settings, systems).replace(system=systems[0])
     task = build_task(settings, num_clients, settings.seed)
     if settings.task not in HAVE_EXPERTS and (unable := [s for s in systems if s in NEED_EXPERTS]):
         raise ConfigError(
             f"system {unable[0]!r} needs a model with experts, task={settings.task!r} has none"
         )
     if settings.task in TEXT_TASKS:
-        if unable := [s for s in systems if s in NOT_ON_TEXTS]:
-            raise ConfigError(
-                f"system {unable[0]!r} has no way yet to train task={settings.task!r}"
-            )
         with torch.device("meta"):
             task.build_model()
     task.public_data(), task.train_data(0), task.test_data()

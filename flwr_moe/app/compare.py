@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from flwr_moe.app.build_task import check_task
+from flwr_moe.app.build_task import check_task, settle_experts
 from flwr_moe.app.client_app import make_client_app
 from flwr_moe.app.config import ConfigError, Settings
 from flwr_moe.app.emo_system import overlay_nodes
@@ -61,6 +61,7 @@ def run_compare(systems: list[str], settings: Settings, seeds: list[int], out: P
         settings.replace(system=name).validate_for(settings.num_clients)
     build_links(settings, settings.num_clients)
     check_task(settings, systems, settings.num_clients)
+    settings = settle_experts(settings, systems)
     folder = ResultsFolder.create(out)
     horizon_s = settings.horizon_hours * 3600
     runs: list[RunRecord] = []

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flwr_moe.app.spec import setting
-from flwr_moe.network.wire_dtype import WIRE_DTYPES
 
 LINKS = ("satellite", "wireless", "fixed", "trace", "real")
+WIRE_DTYPES = ("float32", "bfloat16", "float16")
+"""As in flwr_moe.network.wire_dtype, which brings torch with it."""
 LOOPBACK = "127.0.0.1:0"
 """Where an exchange listens that is for nodes of the same machine: any free port."""
 

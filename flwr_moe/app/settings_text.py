@@ -14,9 +14,15 @@ class TextSettings:
     text_max_length: int = setting(
         48, "tokens of a text that are read", "text.max-length", minimum=4
     )
+    text_experts: str = setting(
+        "auto",
+        "what is trained: routed experts or plain layers; auto: as the systems need it",
+        "text.experts",
+        choices=("auto", "routed", "none"),
+    )
     text_lora_layers: int = setting(
         2,
-        "last layers of the encoder that are trained by LoRA experts",
+        "last layers of the encoder that are trained",
         "text.lora-layers",
         minimum=1,
     )

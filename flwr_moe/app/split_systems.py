@@ -11,16 +11,21 @@ from torch import Tensor
 from flwr_moe.app.config import Settings
 from flwr_moe.app.spec import ConfigError
 from flwr_moe.split.calibrate import calibrated
+from flwr_moe.split.step import cross_entropy_over_labels
 from flwr_moe.strategies import FedSL, SplitFed
 from flwr_moe.tasks import Task
 
 SPLIT_SYSTEMS = ("splitfed", "fedsl")
-CUTS = {"digits": "stem", "cifar10": "features.0"}
+CUTS = {
+    "digits": "stem",
+    "cifar10": "features.0",
+    "ag-news": "top.encoder.layer.0",
+    "text": "decoder.model.layers.0",
+}
 """Where the models of the built-in tasks are cut if the settings do not say it."""
-TOP_CUTS = {"cifar10": "flatten"}
+TOP_CUTS = {"cifar10": "flatten", "digits": "mix"}
 """Where they are cut a second time if labels stay on the devices: only the classifier is then the
-device's. The residual sum before the classifier of ``digits`` is no module, so nothing can be cut
-there. Other models are cut at the last place possible."""
+device's. Other models are cut at the last place possible."""
 
 
 def build_split(name: str, settings: Settings, task: Task, seed: int) -> SplitFed:
@@ -70,6 +75,8 @@ def build_split(name: str, settings: Settings, task: Task, seed: int) -> SplitFe
         "calibrate": calibrate,
         "seed": seed,
     }
+    if settings.fedsl_labels == "server":
+        kwargs["loss_fn"] = cross_entropy_over_labels
     try:
         if name == "splitfed":
             return SplitFed(model, cut, **kwargs)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord
 
+from flwr_moe.app.build_task import settle_experts
 from flwr_moe.app.config import Settings
 from flwr_moe.client_apps.training import EVALUATE_OWN
 
@@ -54,13 +55,24 @@ TUNED_TEXT = {
     "fedmoe-da": Tuned(0.001, 20),
     "local": Tuned(0.001, 20),
 }
+#: Their layers themselves.
+TUNED_TEXT_PLAIN = {
+    "fedavg": Tuned(0.0003, 40),
+    "fedavg-until-pass": Tuned(0.0003, UNTIL_CONTACT),
+    "fedasync": Tuned(0.0001, UNTIL_CONTACT),
+    "fedbuff": Tuned(0.0001, UNTIL_CONTACT),
+    "splitfed": Tuned(0.0003, 40),
+    "fedsl": Tuned(0.0003, 40),
+    "emo": Tuned(0.0003, 40),
+}
 
 
 def train_config(settings: Settings, system: str, seed: int) -> ConfigRecord:
     """Tell the devices how to train; settings of 0 become the tuned ones."""
     tuned = TUNED[system]
     if settings.task == "ag-news":
-        tuned = TUNED_TEXT.get(system, tuned)
+        plain = settle_experts(settings, [system]).text_experts == "none"
+        tuned = (TUNED_TEXT_PLAIN if plain else TUNED_TEXT).get(system, tuned)
     elif settings.partition != "domains" or settings.task != "digits":
         tuned = TUNED_UNTRAINED.get(system, tuned)
     steps = settings.local_steps or tuned.local_steps
@@ -72,5 +84,16 @@ def train_config(settings: Settings, system: str, seed: int) -> ConfigRecord:
             "local-steps": UNTIL_CONTACT if system in ALWAYS_UNTIL_CONTACT else steps,
             "max-local-steps": settings.max_local_steps,
             EVALUATE_OWN: system in PERSONALISED,
+            **_precision(settings),
         }
     )
+
+
+def _precision(settings: Settings) -> dict[str, str | bool]:
+    """Say which precision is asked for; nothing where it is the usual one."""
+    said: dict[str, str | bool] = {}
+    if settings.train_dtype != "float32":
+        said["train-dtype"] = settings.train_dtype
+    if settings.gradient_checkpointing:
+        said["gradient-checkpointing"] = True
+    return said

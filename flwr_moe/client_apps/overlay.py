@@ -22,6 +22,7 @@ from flwr_moe.network.traffic import ACTIVATION_BYTES, EXCHANGES
 from flwr_moe.overlay.block import decode, encode
 from flwr_moe.overlay.cache import ReplayCache
 from flwr_moe.overlay.tails import check_tail
+from flwr_moe.overlay.tap import at_tap
 from flwr_moe.overlay.training import Recipe, Trainee
 from flwr_moe.split.cut import split_model
 from flwr_moe.tasks.task import Samples
@@ -134,8 +135,7 @@ def send_activations(
 def tap_output(front: nn.Module, x: Tensor) -> Tensor:
     """Return what the front gives at the tap, in evaluation mode."""
     front.eval()
-    pieces = [front(piece) for piece in x.split(SAMPLES_A_PASS)]
-    return torch.cat([piece[0] if isinstance(piece, tuple) else piece for piece in pieces])
+    return torch.cat([at_tap(front(piece)) for piece in x.split(SAMPLES_A_PASS)])
 
 
 def register_overlay(app: ClientApp, tail_of: ModelFn) -> ClientApp:

@@ -18,7 +18,7 @@ from flwr_moe.client_apps.training import TaskFn, partition_of
 from flwr_moe.client_apps.ushape import train_both_ends
 from flwr_moe.client_apps.ushape_link import UShapeLink
 from flwr_moe.split.session import LossFn
-from flwr_moe.split.step import adam, clip_gradient, send_back
+from flwr_moe.split.step import adam, clip_gradient, cross_entropy_over_labels, send_back
 from flwr_moe.tasks import Samples
 from flwr_moe.tasks.training import Transform
 
@@ -124,7 +124,14 @@ def register_split_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
         with torch.device("meta"):
             model = task.build_model()
         data = task.train_data(partition_of(context))
-        return train_half(message, context, model, data, transform=getattr(task, "augment", None))
+        return train_half(
+            message,
+            context,
+            model,
+            data,
+            transform=getattr(task, "augment", None),
+            loss_fn=cross_entropy_over_labels,
+        )
 
     return app
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flwr_moe.overlay.tap import channels_first, stored_shape
 from flwr_moe.split.quantise import Quantised, dequantise, num_levels, quantise
 
 BITS = 8
@@ -24,7 +25,7 @@ class Block:
     Attributes
     ----------
     values : Tensor
-        (N, C, ...) uint8: codes, shifted to start at 0.
+        (N, C, ...) uint8: codes, shifted to start at 0; of sequences (N, D, T).
     scale : Tensor
         (C,) float32: largest magnitude of each channel.
     samples, labels : Tensor
@@ -45,10 +46,11 @@ class Block:
         return sum(getattr(self, n).numel() * DTYPES[n].itemsize for n in NAMES)
 
     def rows(self, rows: Tensor) -> Tensor:
-        """Return the activations (B, C, ...) float32 of some rows (B,)."""
+        """Return the activations (B, C, ...) or (B, T, D) float32 of some rows (B,)."""
         offset = num_levels(BITS, signed=True) if self.signed else 0
         codes = self.values[rows].to(torch.int32) - offset
-        return dequantise(Quantised(codes, self.scale, self.signed), BITS, "channel")
+        turned = dequantise(Quantised(codes, self.scale, self.signed), BITS, "channel")
+        return turned.movedim(1, -1) if turned.ndim == 3 else turned
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors to be stored or sent."""
@@ -65,7 +67,7 @@ def encode(x: Tensor, samples: Tensor, labels: Tensor, generator: torch.Generato
     Parameters
     ----------
     x : Tensor
-        (N, C, ...) floating point, on the CPU.
+        (N, C, ...) floating point, on the CPU. Of sequences (N, T, D) the D are the channels.
     samples, labels : Tensor
         (N,) whole numbers.
     generator : torch.Generator
@@ -81,7 +83,8 @@ def encode(x: Tensor, samples: Tensor, labels: Tensor, generator: torch.Generato
             f"activations have shape {tuple(x.shape)}, with {len(samples)} samples and "
             f"{len(labels)} labels, expected as many rows and at least two dimensions"
         )
-    codes, scale, signed = quantise(x.detach(), BITS, generator, "channel")
+    turned = channels_first(x.detach()).contiguous()
+    codes, scale, signed = quantise(turned, BITS, generator, "channel")
     offset = num_levels(BITS, signed=True) if signed else 0
     values = (codes + offset).to(torch.uint8)
     return Block(values, scale, samples.to(torch.int64), labels.to(torch.int64), signed)
@@ -100,7 +103,7 @@ def decode(
     tensors, metadata : mapping
         As `Block.tensors` and `Block.metadata` gave them.
     shape : sequence of int
-        (C, ...) of one sample's activation.
+        (C, ...) or (T, D) of one sample's activation.
     num_classes : int
         Labels are below it.
 
@@ -114,10 +117,10 @@ def decode(
             raise ValueError(f"activations lack the tensor {name!r}")
         if tensors[name].dtype != dtype:
             raise ValueError(f"{name!r} is of {tensors[name].dtype}, expected {dtype}")
-    count = len(tensors["labels"])
+    count, stored = len(tensors["labels"]), stored_shape(shape)
     expected = {
-        "values": (count, *shape),
-        "scale": (shape[0],),
+        "values": (count, *stored),
+        "scale": (stored[0],),
         "samples": (count,),
         "labels": (count,),
     }

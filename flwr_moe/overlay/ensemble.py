@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flwr_moe.overlay.tap import at_tap
+
 STEPS = 200
 LEAST = 1e-9
 
@@ -142,8 +144,7 @@ class Ensemble:
             module.eval()
         parts = []
         for piece in x.split(batch_size):
-            tapped = self.front(piece)
-            tapped = tapped[0] if isinstance(tapped, tuple) else tapped
+            tapped = at_tap(self.front(piece))
             logits = [self.small(piece)[:, None]]
             for tail in self.tails:
                 out = tail(tapped)

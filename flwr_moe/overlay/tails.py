@@ -1,4 +1,7 @@
-"""Networks that overlays put on the tap: deeper, or several side by side."""
+"""Networks that overlays put on the tap: deeper, or several side by side.
+
+For images they are convolutions, for sequences of tokens layers of attention.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from flwr_moe.overlay.sequence_tail import sequence_tail
 
 SCALINGS = ("vertical", "horizontal")
 
@@ -108,7 +113,7 @@ def build_tail(
     Parameters
     ----------
     shape, num_classes, width
-        As for `conv_tail`; activations that are no images get a `dense_tail`.
+        As for `conv_tail`; activations (T, D) get a `sequence_tail`, vectors a `dense_tail`.
     scaling : {"vertical", "horizontal"}
         One tail of ``size`` layers, or ``size`` tails of three layers side by side.
     size : int
@@ -125,7 +130,7 @@ def build_tail(
         raise ValueError(f"scaling is {scaling!r}, expected one of {', '.join(SCALINGS)}")
     if size < 1:
         raise ValueError(f"size is {size}, expected at least 1")
-    make = conv_tail if len(shape) == 3 else dense_tail
+    make = {3: conv_tail, 2: sequence_tail}.get(len(shape), dense_tail)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if scaling == "vertical":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flwr_moe.split.cut_graph import GraphCutter
+from flwr_moe.split.cut_parts import PartOfModel
 from flwr_moe.split.cut_transformers import TransformersCutter, is_transformers_model
 from flwr_moe.split.meta import ExampleInputs, Passed, run_recorded
 
@@ -204,7 +205,7 @@ def materialise(
 
 
 def _fill_other_buffers(half: nn.Module, own: Mapping[str, Tensor], device: torch.device) -> None:
-    initialise = getattr(getattr(half, "skeleton", None), "_init_weights", None)
+    parts = {path: part for path, part in half.named_modules() if isinstance(part, PartOfModel)}
     for path, module in half.named_modules():
         empty = False
         for name, buffer in module._buffers.items():
@@ -216,9 +217,12 @@ def _fill_other_buffers(half: nn.Module, own: Mapping[str, Tensor], device: torc
                     empty = True
                 else:
                     module._buffers[name] = buffer.to(device)
-        if empty and initialise is not None:
+        around = [
+            part for root, part in parts.items() if not root or f"{path}.".startswith(f"{root}.")
+        ]
+        if empty and around:
             with torch.no_grad():
-                initialise(module)
+                around[0].skeleton._init_weights(module)
 
 
 def obstacle_to(model: nn.Module, cutter: Cutter, at: str) -> str | None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from flwr_moe.split.cut_stages import StagedModels
 from flwr_moe.split.cut_trace import RecordingTracer
-from flwr_moe.split.meta import ExampleInputs, as_call, meta_twin
+from flwr_moe.split.meta import ExampleInputs, meta_twin, unused_arguments
 
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _SIZES = ("size", "dim", "numel", "getattr")
@@ -21,7 +22,8 @@ class GraphCutter:
     """Where a traceable model can be cut, and its halves.
 
     A module whose own forward pass cannot be traced is kept in one piece, as are modules without
-    submodules; the model's own forward pass has to be traceable.
+    submodules; the model's own forward pass has to be traceable. A model of transformers inside it
+    can be cut between its blocks, as `TransformersCutter` does it.
 
     Parameters
     ----------
@@ -39,7 +41,7 @@ class GraphCutter:
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> None:
         self.model = model
-        unused = _unused_arguments(model, example_inputs)
+        unused = unused_arguments(model, example_inputs)
         # On a copy, because a forward pass under tracing may leave proxies in the model.
         tracers = []
         for training in (False, True):
@@ -52,6 +54,7 @@ class GraphCutter:
                 f"{type(model).__name__}.forward does something else in training than in "
                 "evaluation outside its layers; use layers such as nn.Dropout instead of functions"
             )
+        self._staged = StagedModels(model, self._tracer)
         self._nodes = list(self._tracer.graph.nodes)
         self._inputs = [
             node
@@ -140,10 +143,7 @@ class GraphCutter:
         raw: set[fx.Node] = set(self._inputs[:1])
         for node in self._nodes:
             sources = node.all_input_nodes
-            has_own = (node.op == "get_attr" and node.target in parameters) or (
-                node.op == "call_module"
-                and any(True for _ in self.model.get_submodule(str(node.target)).parameters())
-            )
+            has_own = any(key in parameters for key in self._keys_of([node]))
             if has_own or any(source in carries for source in sources):
                 carries.add(node)
             name = _operation(node)
@@ -179,7 +179,9 @@ class GraphCutter:
         keys: set[str] = set()
         for node in nodes:
             target = str(node.target)
-            if node.op == "call_module":
+            if node in self._staged:
+                keys |= self._staged.keys_of(node)
+            elif node.op == "call_module":
                 state = self.model.get_submodule(target).state_dict()
                 keys |= {f"{target}.{key}" for key in state}
             elif node.op == "get_attr":
@@ -215,8 +217,9 @@ class GraphCutter:
         return bool(node.kwargs.get("inplace")) or name.endswith("_")
 
     def _module(self, graph: fx.Graph) -> fx.GraphModule:
+        stretches = self._staged.joined(graph)
         targets = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
-        root = {target: self._lookup(target) for target in targets}
+        root = {target: self._lookup(target) for target in targets} | stretches
         half = fx.GraphModule(root, graph, type(self.model).__name__)
         half.training = self.model.training
         for path, module in half.named_modules():
@@ -254,23 +257,6 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 def _arguments(model: nn.Module, unused: dict[str, Any]) -> list[str]:
     return [name for name in inspect.signature(model.forward).parameters if name not in unused]
-
-
-def _unused_arguments(model: nn.Module, inputs: ExampleInputs | None) -> dict[str, Any]:
-    """Return the defaults of the optional arguments that the example does not give."""
-    signature = inspect.signature(model.forward)
-    given: set[str] = set()
-    if inputs is not None:
-        args, kwargs = as_call(inputs)
-        try:
-            given = set(signature.bind(*args, **kwargs).arguments)
-        except TypeError as error:
-            raise ValueError(f"example_inputs do not fit the model: {error}") from error
-    return {
-        name: parameter.default
-        for name, parameter in signature.parameters.items()
-        if name not in given and parameter.default is not parameter.empty
-    }
 
 
 def _tensor(model: nn.Module, key: str) -> Tensor:

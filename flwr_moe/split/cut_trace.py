@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from flwr_moe.split.cut_transformers import is_transformers_model
+
 
 class RecordingTracer(fx.Tracer):
     """Traces a model, and remembers what every module gave."""
@@ -29,11 +31,10 @@ class RecordingTracer(fx.Tracer):
                 f"cannot trace {type(model).__name__}.forward ({reason}); move what depends on "
                 "values into a submodule, which is then kept in one piece"
             ) from error
-        self.source = {node: name for name, node in reversed(self.points().items())}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Keep modules without submodules in one piece too."""
-        whole = super().is_leaf_module(m, module_qualified_name)
+        """Keep models of transformers, and modules without submodules, in one piece too."""
+        whole = super().is_leaf_module(m, module_qualified_name) or is_transformers_model(m)
         return whole or not any(True for _ in m.children())
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -57,6 +58,16 @@ class RecordingTracer(fx.Tracer):
             for name, value in self._given
             if name in once and isinstance(value, fx.Proxy)
         }
+
+    def spread(self, path: str, places: dict[str, fx.Node]) -> None:
+        """Put the places inside a module, by name, where the module itself was in the order."""
+        place = [name for name, _ in self._given].index(path)
+        self._given[place : place + 1] = [(name, fx.Proxy(node)) for name, node in places.items()]
+
+    @property
+    def source(self) -> dict[fx.Node, str]:
+        """Which module gave a node's value."""
+        return {node: name for name, node in reversed(self.points().items())}
 
     def code(self) -> str:
         """Write the graph as source, to compare with another."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flwr_moe.split.cut_parts import ClientHalf, ServerHalf
+
 
 class _HandOn(nn.Module):
     """Stands where a block of the other half was, and returns what it gets."""
@@ -134,156 +136,54 @@ class TransformersCutter:
 
     def halves(self, at: str) -> tuple[ClientHalf, ServerHalf]:
         """Build the client and the server half, which share their tensors with the model."""
+        done, kind = self.points[at], (self.is_decoder, self.pools_last)
+        return ClientHalf(self.part(None, done), *kind), ServerHalf(self.part(done, None), *kind)
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether tokens see only what was before them."""
+        return self._layout.is_decoder
+
+    @property
+    def pools_last(self) -> bool:
+        """Whether one token stands for the sequence, so that its place has to be known."""
+        return self.is_decoder and type(self.model).__name__.endswith("ForSequenceClassification")
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model gives logits rather than hidden states."""
+        return bool(self._prefix)
+
+    def part(self, begin: int | None, end: int | None) -> nn.Module:
+        """Build the model with only some of its blocks at work; it shares its tensors.
+
+        Parameters
+        ----------
+        begin : int or None
+            Blocks that have been run already; None if the embeddings have not been either.
+        end : int or None
+            Blocks after which it ends; None for the very end.
+        """
         layout, prefix = self._layout, self._prefix
-        done = self.points[at]
-        blocks_root = prefix + layout.blocks.partition(".")[0]
         both = [prefix + name for name in layout.both]
-        kept = {blocks_root, *self._embeddings, *both}
-        base_children = [prefix + name for name, _ in self.model.base_model.named_children()]
-        later: dict[str, nn.Module] = {name: _HandOn() for name in self._blocks[done:]}
-        later |= {name: _HandOn() for name in base_children if name not in kept}
-        client = _rebuilt(self.model, later)
-        if prefix:
+        swaps: dict[str, nn.Module] = {}
+        if end is not None:
+            kept = {prefix + layout.blocks.partition(".")[0], *self._embeddings, *both}
+            children = [prefix + name for name, _ in self.model.base_model.named_children()]
+            swaps |= {name: _HandOn() for name in self._blocks[end:]}
+            swaps |= {name: _HandOn() for name in children if name not in kept}
+        if begin is not None:
+            swaps |= {name: _HandOn() for name in self._blocks[:begin]}
+            swaps |= {prefix + name: stand_in() for name, stand_in in layout.embeddings.items()}
+            swaps |= {name: copy.deepcopy(self.model.get_submodule(name)) for name in both}
+        part = _rebuilt(self.model, swaps)
+        if end is not None and prefix:
             root = prefix.rstrip(".")
-            client._modules = {root: client._modules[root]}
-
-        earlier: dict[str, nn.Module] = {name: _HandOn() for name in self._blocks[:done]}
-        earlier |= {prefix + name: stand_in() for name, stand_in in layout.embeddings.items()}
-        earlier |= {name: copy.deepcopy(self.model.get_submodule(name)) for name in both}
-        server = _rebuilt(self.model, earlier)
-
-        name = type(self.model).__name__
-        pools_last = layout.is_decoder and name.endswith("ForSequenceClassification")
-        kind = layout.is_decoder, pools_last
-        return ClientHalf(client, *kind), ServerHalf(server, *kind)
+            part._modules = {root: part._modules[root]}
+        return part
 
     def _client_parts(self, at: str) -> list[str]:
         return [*self._embeddings, *self._blocks[: self.points[at]]]
-
-
-class _Half(nn.Module):
-    """A half, which holds the modules of its skeleton under their own names."""
-
-    skeleton: Any
-
-    def __init__(self, skeleton: nn.Module, is_decoder: bool, pools_last: bool) -> None:
-        super().__init__()
-        # Beside the modules rather than among them, where it would add a prefix to all names.
-        self.__dict__["skeleton"] = skeleton
-        self._modules = skeleton._modules
-        self._parameters = skeleton._parameters
-        self._buffers = skeleton._buffers
-        self.training = skeleton.training
-        self._options = {"use_cache": False} if is_decoder else {}
-        self._is_decoder, self._pools_last = self.kind = is_decoder, pools_last
-
-
-class ClientHalf(_Half):
-    """Embeddings and the first blocks of a model of transformers."""
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Run up to the cut.
-
-        Parameters
-        ----------
-        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds : Tensor, optional
-            As the model takes them. `token_type_ids` serve the embeddings alone, and so do the
-            `position_ids` of an encoder.
-
-        Returns
-        -------
-        tuple of Tensor
-            The hidden state (B, T, D); for sequence classification with a decoder the index (B,)
-            of the token that is classified; the attention mask, if there is one or positions are
-            given; the positions, if a decoder was given them.
-
-        Raises
-        ------
-        ValueError
-            If a decoder is to classify several sequences and has no padding token.
-        """
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
-        given = {name: value for name, value in inputs.items() if value is not None}
-        base = self.skeleton.base_model
-        hidden_BTD = base(**given, **self._options).last_hidden_state
-        crossing = [hidden_BTD]
-        if self._pools_last:
-            crossing.append(self._last_token(hidden_BTD, input_ids))
-        positions = [position_ids] if self._is_decoder and position_ids is not None else []
-        if attention_mask is None and positions:
-            attention_mask = hidden_BTD.new_ones(hidden_BTD.shape[:2], dtype=torch.int64)
-        if attention_mask is not None:
-            crossing += [attention_mask, *positions]
-        return tuple(crossing)
-
-    def _last_token(self, hidden_BTD: Tensor, input_ids: Tensor | None) -> Tensor:
-        """Index of the last token that is no padding, as the library's heads choose it."""
-        size, length = hidden_BTD.shape[:2]
-        padding = self.skeleton.config.get_text_config().pad_token_id
-        if padding is None and size > 1:
-            raise ValueError(
-                f"batch of {size} sequences, expected 1: pad_token_id is not set in the config"
-            )
-        last_B = torch.full((size,), length - 1, device=hidden_BTD.device)
-        if padding is None or input_ids is None:
-            return last_B
-        place_T = torch.arange(length, device=hidden_BTD.device)
-        return (place_T * (input_ids != padding)).argmax(-1)
-
-
-class ServerHalf(_Half):
-    """The other blocks and the head of a model of transformers."""
-
-    def forward(self, hidden_BTD: Tensor, *context: Tensor) -> Tensor:
-        """Run from the cut on.
-
-        Parameters
-        ----------
-        hidden_BTD : Tensor
-            Hidden state at the cut (B, T, D).
-        *context : Tensor
-            The other tensors that the client half has returned.
-
-        Returns
-        -------
-        Tensor
-            Logits, or the last hidden state (B, T, D) of a model without a head.
-
-        Raises
-        ------
-        ValueError
-            If the head gives something else.
-        """
-        model = self.skeleton
-        given, last_B = self._given([hidden_BTD, *context])
-        if last_B is not None:
-            scores_BTK = model.score(model.base_model(**given).last_hidden_state)
-            rows_B = torch.arange(len(last_B), device=last_B.device)
-            return scores_BTK[rows_B, last_B]
-        output = model(**given)
-        result = output.get("logits", output.get("last_hidden_state"))
-        if result is None:
-            raise ValueError(f"{type(model).__name__} gives {', '.join(output)}, expected logits")
-        return result
-
-    def _given(self, inputs: list[Tensor]) -> tuple[dict[str, Any], Tensor | None]:
-        """Return what the model is called with, and the index of the token that counts."""
-        last_B = inputs.pop(1) if self._pools_last else None
-        names = ("inputs_embeds", "attention_mask", "position_ids")
-        return dict(zip(names, inputs, strict=False)) | self._options, last_B
 
 
 def _rebuilt(module: nn.Module, swaps: Mapping[str, nn.Module], prefix: str = "") -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
@@ -30,6 +31,29 @@ def as_call(inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def unused_arguments(model: nn.Module, inputs: ExampleInputs | None) -> dict[str, Any]:
+    """Return the defaults of the optional arguments that the example does not give.
+
+    Raises
+    ------
+    ValueError
+        If the example does not fit the model's forward pass.
+    """
+    signature = inspect.signature(model.forward)
+    given: set[str] = set()
+    if inputs is not None:
+        args, kwargs = as_call(inputs)
+        try:
+            given = set(signature.bind(*args, **kwargs).arguments)
+        except TypeError as error:
+            raise ValueError(f"example_inputs do not fit the model: {error}") from error
+    return {
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if name not in given and parameter.default is not parameter.empty
+    }
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
@@ -69,7 +93,10 @@ def run_recorded(
     args, kwargs = as_call(example_inputs)
     try:
         twin = meta_twin(model)
-        return _run_recorded(twin, names, _to_meta(args), _whole_mask(twin, _to_meta(kwargs)))
+        for module in twin.modules():
+            if hasattr(getattr(module, "config", None), "_attn_implementation"):
+                module.register_forward_pre_hook(_whole_mask, with_kwargs=True)
+        return _run_recorded(twin, names, _to_meta(args), _to_meta(kwargs))
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as first:
         error: Exception = first
     if not any(tensor.is_meta for tensor in model.parameters()):
@@ -95,22 +122,25 @@ def _run_recorded(
 
     for name in names:
         model.get_submodule(name).register_forward_hook(recorder(name))
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "_attn_implementation"):
-        # The other implementations look at the values of the attention mask; the work is the same.
-        config._attn_implementation = "eager"
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            # The others look at the values of the attention mask; the work is the same.
+            config._attn_implementation = "eager"
     with counter, torch.no_grad():
         model(*args, **kwargs)
     return passed
 
 
-def _whole_mask(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _whole_mask(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Spell out an attention mask (B, T) of transformers as (B, 1, T, T), which it takes as is."""
     mask = kwargs.get("attention_mask")
-    if hasattr(model, "config") and isinstance(mask, Tensor) and mask.ndim == 2:
+    if isinstance(mask, Tensor) and mask.ndim == 2:
         whole = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
-        return {**kwargs, "attention_mask": whole}
-    return kwargs
+        return args, {**kwargs, "attention_mask": whole}
+    return args, kwargs
 
 
 def _to_meta(value: Any) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from flwr_moe.experts.sparse_moe import RoutedBlock
 
@@ -18,15 +20,33 @@ BALANCE_WEIGHT = 0.01
 T = TypeVar("T")
 
 
+class _WorkCounter(TorchDispatchMode):
+    """Counts by torch's formulas, and runs every operation as it is.
+
+    FlopCounterMode of torch takes some apart (the gradient of SiLU, say): they round otherwise.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def counted(step: Callable[[], T]) -> tuple[T, int]:
     """Run `step` once, and count the floating-point operations of its forward and backward pass.
 
     Two per multiplication and addition of matrix products, convolutions and attention; nothing
     else counts, as in :func:`~flwr_moe.split.costs.cut_table`.
     """
-    with FlopCounterMode(display=False) as counter:
+    with _WorkCounter() as counter:
         result = step()
-    return result, counter.get_total_flops()
+    return result, counter.total
 
 
 def step_flops(half: nn.Module, x: Tensor) -> int:
@@ -63,6 +83,28 @@ def balance_loss(half: nn.Module) -> Tensor | None:
     """Load-balance loss of the expert layers that a forward pass has just used, if there are."""
     losses = [m.load_balance_loss for m in half.modules() if isinstance(m, RoutedBlock)]
     return BALANCE_WEIGHT * torch.stack(losses).sum() if losses else None
+
+
+def cross_entropy_over_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over all labels, of which a sample may have one for every token.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (B, C) or (B, T, C)
+        Of every class.
+    labels : Tensor, shape (B,) or (B, T)
+        True classes.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many labels as rows of logits.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, expected {tuple(logits.shape[:-1])}"
+        )
+    return functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 def send_back(activation: Tensor, gradient: Tensor, half: nn.Module) -> None:

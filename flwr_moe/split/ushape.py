@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from flwr_moe.split.cut import Split, make_cutter, obstacle_to, split_model
 from flwr_moe.split.cut_graph import GraphCutter
-from flwr_moe.split.cut_transformers import ServerHalf, TransformersCutter
+from flwr_moe.split.cut_parts import ServerHalf
+from flwr_moe.split.cut_transformers import TransformersCutter
 from flwr_moe.split.meta import ExampleInputs
 
 AnyCutter = GraphCutter | TransformersCutter

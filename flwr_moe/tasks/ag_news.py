@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flwr_moe.experts.lora_base import own_copy
 from flwr_moe.tasks.parquet import SPLITS, split_file
 from flwr_moe.tasks.shares import balanced_draw, check_shares, matching_draw, share_out
 from flwr_moe.tasks.task import Samples
@@ -23,6 +24,7 @@ from flwr_moe.tasks.training import batch_size_for, train_steps
 PARTITIONS = ("domains", "iid", "dirichlet")
 NUM_PUBLIC, NUM_CLIENT_TEST, MIN_SAMPLES = 400, 200, 4
 WARM_STEPS, WARM_MOE_STEPS, WARM_LEARNING_RATE, WARM_MOE_LEARNING_RATE = 400, 30, 0.003, 0.001
+WARM_LAYERS_LEARNING_RATE = 0.0001
 
 
 class AgNews:
@@ -30,7 +32,8 @@ class AgNews:
 
     A sample is what the encoder's lower layers make of a text, (T, D) in half precision: that
     trunk is never trained, so it is run once. The layers above hold routed LoRA experts, which
-    are trained together with a linear head on the mean over the tokens.
+    are trained together with a linear head on the mean over the tokens; without a plan for
+    experts these layers are themselves trained.
 
     The server's public share is drawn from the training file first, clients share what is left.
     Partition ``"domains"`` deals it out by topic: a cluster sees two topics (see
@@ -45,8 +48,8 @@ class AgNews:
         Folder that holds ``ag_news/train.parquet`` and ``ag_news/test.parquet``, or both files.
     num_clients, num_clusters : int
         Clients, dealt to the clusters in turn: partition p belongs to cluster p mod clusters.
-    lora : LoraPlan
-        Experts of the model.
+    lora : LoraPlan or None
+        Experts of the model; None for plain layers.
     seed : int
         Decides who gets what, and the model's start.
     partition : str
@@ -84,7 +87,7 @@ class AgNews:
         data: str,
         num_clients: int,
         num_clusters: int,
-        lora: LoraPlan,
+        lora: LoraPlan | None,
         seed: int = 0,
         *,
         partition: str = "domains",
@@ -160,13 +163,13 @@ class AgNews:
 
     def build_model(self) -> nn.Module:
         """Return the trained part of the encoder: a fresh head, and experts that do nothing yet."""
-        return with_experts(self._classifier(), self.lora)
+        return self._trained(self._classifier())
 
     def warm_model(self) -> nn.Module:
         """Return the model that everybody starts from, trained on the public share.
 
         The head learns first, while the encoder is as it was pretrained; then the experts and
-        their gates learn along with it.
+        their gates, or the plain layers, learn along with it.
         """
         public = self.public_data()
         generator = torch.Generator().manual_seed(self.seed)
@@ -177,8 +180,9 @@ class AgNews:
                 parts = public.x.split(batch_size_for(public.x))
                 seen = Samples(torch.cat([plain.pooled(part) for part in parts]), public.y)
             train_steps(plain.head, seen, WARM_STEPS, WARM_LEARNING_RATE, 32, generator)
-            model = with_experts(plain, self.lora)
-            train_steps(model, public, WARM_MOE_STEPS, WARM_MOE_LEARNING_RATE, 16, generator)
+            model = self._trained(plain)
+            rate = WARM_LAYERS_LEARNING_RATE if self.lora is None else WARM_MOE_LEARNING_RATE
+            train_steps(model, public, WARM_MOE_STEPS, rate, 16, generator)
         return model
 
     def gate_view(self, x: Tensor) -> Tensor:
@@ -189,6 +193,13 @@ class AgNews:
     def _classifier(self) -> TextClassifier:
         top = top_of(self.trunk.where, self.trunk.top_layers)
         return TextClassifier(top, top.config.hidden_size, self.num_classes)
+
+    def _trained(self, classifier: TextClassifier) -> nn.Module:
+        """Make trainable what is to be trained of a frozen encoder's layers."""
+        if self.lora is not None:
+            return with_experts(classifier, self.lora)
+        own_copy(classifier.top)
+        return classifier
 
     def _texts(self, split: str) -> LabelledTexts:
         return hub_texts(self.hub, split) if self.hub else read_texts(self._files[split])

@@ -1,4 +1,4 @@
-"""Any text file, read byte by byte by a small decoder with experts that guesses the next byte."""
+"""Any text file, read byte by byte by a small decoder that guesses the next byte."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TextFile:
     num_clients, num_clusters : int
         Clients, dealt to the clusters in turn: partition p belongs to cluster p mod clusters.
     num_experts, top_k : int
-        Of the model.
+        Of the model; without experts its layers are plain.
     seed : int
         Decides the draws and the model's start.
     partition : str

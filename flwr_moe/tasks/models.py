@@ -33,12 +33,15 @@ class MoEClassifier(nn.Module):
         super().__init__()
         self.stem = nn.Linear(num_inputs, d_model)
         self.moe = SparseMoE(d_model, d_hidden, num_experts, top_k)
+        # A name for the residual sum, so that the model can be cut there.
+        self.mix = nn.Identity()
         self.head = nn.Linear(d_model, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs (B, ...) to logits (B, classes)."""
         h_BD = torch.relu(self.stem(x.flatten(1)))
-        return self.head(h_BD + self.moe(h_BD))
+        logits: Tensor = self.head(self.mix(h_BD + self.moe(h_BD)))
+        return logits
 
 
 class DenseClassifier(nn.Module):

@@ -5,7 +5,15 @@ Dimension suffixes: B texts, T tokens, D model width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+
+
+class _FullPrecision(nn.Module):
+    """Widens numbers of half precision; a module, so that a traced model asks for no types."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class TextClassifier(nn.Module):
@@ -22,6 +30,7 @@ class TextClassifier(nn.Module):
 
     def __init__(self, top: nn.Module, width: int, num_classes: int) -> None:
         super().__init__()
+        self.enter = _FullPrecision()
         self.top = top
         self.head = nn.Linear(width, num_classes)
 
@@ -32,9 +41,9 @@ class TextClassifier(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """Return what the head sees of hidden states (B, T, D) of the trunk: (B, D)."""
-        hidden_BTD = x.float()
+        hidden_BTD = self.enter(x)
         mask_BT = is_token(hidden_BTD)
-        out_BTD = self.top(inputs_embeds=hidden_BTD, attention_mask=mask_BT.long())
+        out_BTD = self.top(inputs_embeds=hidden_BTD, attention_mask=mask_BT)
         return masked_mean(out_BTD.last_hidden_state, mask_BT)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flwr_moe.app import settings_network
 from flwr_moe.app.config import (
     SPECS,
     ConfigError,
@@ -16,6 +17,7 @@ from flwr_moe.app.config import (
     settings_help,
 )
 from flwr_moe.app.settings_run import SYSTEMS
+from flwr_moe.network import wire_dtype
 
 # The keys the design promises, with the defaults users may rely on.
 PROMISED = {
@@ -211,3 +213,7 @@ def test_results_do_not_tell_the_token() -> None:
     settings = Settings(exchange_token="secret")
     assert "secret" not in map(str, settings.to_results().values())
     assert settings.to_results().keys() == settings.to_mapping().keys()
+
+
+def test_wire_dtypes_are_those_of_the_network() -> None:
+    assert settings_network.WIRE_DTYPES == wire_dtype.WIRE_DTYPES

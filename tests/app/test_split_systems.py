@@ -88,6 +88,9 @@ def test_labels_may_stay_on_the_devices() -> None:
     split = build_split("fedsl", settings.replace(fedsl_top_cut="features.2"), Images(), 0).split  # type: ignore[arg-type]
     assert isinstance(split, UShape)
     assert split.top_cut == "features.2"
+    digits = build_split("fedsl", SMALL.replace(fedsl_labels="client"), build_task(SMALL, 4, 0), 0)
+    assert isinstance(digits.split, UShape)
+    assert (digits.split.at, digits.split.top_cut) == ("stem", "mix")
 
 
 @pytest.mark.parametrize(
@@ -101,8 +104,8 @@ def test_labels_may_stay_on_the_devices() -> None:
         ({"fedsl_server": "both"}, "fedsl.server='both' is unknown"),
         ({"fedsl_labels": "both"}, "fedsl.labels='both' is unknown"),
         (
-            {"fedsl_labels": "client"},
-            "fedsl.cut='stem', fedsl.top-cut='': no top cut: the model cannot be cut a second time",
+            {"fedsl_labels": "client", "fedsl_cut": "mix"},
+            "fedsl.cut='mix', fedsl.top-cut='mix': no top cut: the model cannot be cut a second",
         ),
         ({"fedsl_top_cut": "stem"}, "top_cut is 'stem', expected none unless labels is 'client'"),
     ],

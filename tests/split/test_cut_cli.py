@@ -18,10 +18,10 @@ def run(*arguments: str) -> int:
 def test_the_default_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "cuts.json"
     assert run("--set", "num-experts=6", "--json", str(file)) == 0
-    (record,) = json.loads(file.read_text(encoding="utf-8"))
+    record, last = json.loads(file.read_text(encoding="utf-8"))
     # A stem from 64 pixels to 64 features before the mixture of experts.
     stem = 64 * 64 + 64
-    assert record["at"] == "stem"
+    assert (record["at"], last["at"]) == ("stem", "mix")
     assert (record["client-parameters"], record["client-bytes"]) == (stem, 4 * stem)
     assert record["client-flops"] == 2 * 64 * 64
     assert (record["activation-shape"], record["activation-bytes"]) == ([64], 256)

@@ -56,8 +56,9 @@ def test_the_table_agrees_with_the_halves() -> None:
 def test_a_model_that_looks_at_values_runs_for_real() -> None:
     torch.manual_seed(0)
     model = MoEClassifier(12, 5, 8, 16, num_experts=3, top_k=3)
-    (row,) = cut_table(model, torch.randn(4, 12))
-    assert row.at == "stem"
+    row, last = cut_table(model, torch.randn(4, 12))
+    assert (row.at, last.at) == ("stem", "mix")
+    assert last.server_flops == 2 * 40
     assert row.client_flops == 2 * 12 * 8
     # Gate 8·3, three experts 8·16 and 16·8 each, their mixture 3·8, head 8·5.
     assert row.server_flops == 2 * (24 + 3 * 256 + 24 + 40)

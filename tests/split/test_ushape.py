@@ -135,5 +135,12 @@ def test_wrong_cuts_are_named(at: str, top: str, message: str) -> None:
 
 
 def test_a_model_with_one_cut_has_no_middle() -> None:
-    with pytest.raises(ValueError, match=r"no top cut: .* a second time after 'stem'"):
-        split_in_three(MoEClassifier(4, 3, 8, 8, 4, 1), "stem")
+    with pytest.raises(ValueError, match=r"no top cut: .* a second time after 'mix'"):
+        split_in_three(MoEClassifier(4, 3, 8, 8, 4, 1), "mix")
+
+
+def test_the_mixture_of_digits_is_a_middle() -> None:
+    torch.manual_seed(0)
+    model = MoEClassifier(12, 5, 8, 8, num_experts=3, top_k=2)
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)).double()
+    assert assert_same_step(model, x, class_loss, "stem", "") == "mix"
