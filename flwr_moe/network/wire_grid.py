@@ -5,20 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from logging import WARNING
-from typing import Generic, TypeVar, overload
+from typing import TypeVar, overload
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from flwr_moe.network.flower_adapter import NodeInfo, Run, log
+from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.ledger import Ledger
 from flwr_moe.network.metered import MeteredGrid
-from flwr_moe.network.nodes import NodeProfile
+from flwr_moe.network.on_network import Network, OnNetwork
 from flwr_moe.network.simulated import REJECTED, SimulatedGrid
 from flwr_moe.network.wire_dtype import WIRE_RECORD, check_wire_dtype, decode, encode
 from flwr_moe.network.wrapped import WrappedGrid
 
-Network = TypeVar("Network", SimulatedGrid, MeteredGrid)
 Clocked = TypeVar("Clocked", bound=SimulatedGrid | MeteredGrid)
 
 
@@ -125,10 +124,8 @@ class _Wire(WrappedGrid):
         return came
 
 
-class _WireNetwork(_Wire, Generic[Network]):
+class _WireNetwork(_Wire, OnNetwork[Network]):
     """On a Grid with clock and ledger; it has no state of its own."""
-
-    _network: Network
 
     def __init__(self, network: Network, dtype: str) -> None:
         self._network, self._inner, self._dtype = network, network, dtype
@@ -139,41 +136,6 @@ class _WireNetwork(_Wire, Generic[Network]):
     def grid(self) -> Grid:  # type: ignore[override]
         """The Grid that the network is around."""
         return self._network.grid
-
-    @property
-    def now(self) -> float:
-        """Seconds on the network's clock."""
-        return self._network.now
-
-    @property
-    def ledger(self) -> Ledger:
-        """The network's ledger."""
-        return self._network.ledger
-
-    @property
-    def run(self) -> Run:
-        """The network's run."""
-        return self._network.run
-
-    def set_run(self, run: Run) -> None:
-        """Hand the run to the network."""
-        self._network.set_run(run)
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Node descriptions of the network."""
-        return self._network.get_nodes()
-
-    def profiles(self) -> dict[int, NodeProfile]:
-        """Profiles as the network has them."""
-        return self._network.profiles()
-
-    def roll_call(self) -> dict[int, NodeProfile]:
-        """Ask every node who it is."""
-        return self._network.roll_call()
-
-    def by_partition(self, replies: Iterable[Message]) -> list[Message]:
-        """Sort replies by partition id, as the network does."""
-        return self._network.by_partition(replies)
 
 
 class _WireSimulated(_WireNetwork[SimulatedGrid], SimulatedGrid):  # type: ignore[override]

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from flwr_moe.network import Ledger, MeteredGrid, NodeProfile, SimulatedGrid
-from flwr_moe.network.flower_adapter import NodeInfo, Run
-from flwr_moe.network.wrapped import WrappedGrid
+from flwr_moe.network import MeteredGrid, NodeProfile, SimulatedGrid
+from flwr_moe.network.on_network import Network, OnNetwork
 
 POLL_S = 0.2
 DEVICE = "device"
-Network = TypeVar("Network", SimulatedGrid, MeteredGrid)
 
 
 class Aside(Protocol):
@@ -35,38 +33,13 @@ class Aside(Protocol):
         ...
 
 
-class _DevicesOnly(WrappedGrid, Generic[Network]):
+class _DevicesOnly(OnNetwork[Network]):
     """A Grid of the devices alone around one of all nodes; it has no state of its own."""
-
-    _network: Network
 
     @property
     def grid(self) -> Grid:  # type: ignore[override]
         """The Grid of the devices, which is this one."""
         return self
-
-    @property
-    def now(self) -> float:
-        """Seconds on the network's clock."""
-        return self._network.now
-
-    @property
-    def ledger(self) -> Ledger:
-        """The network's ledger."""
-        return self._network.ledger
-
-    @property
-    def run(self) -> Run:
-        """The network's run."""
-        return self._network.run
-
-    def set_run(self, run: Run) -> None:
-        """Hand the run to the network."""
-        self._network.set_run(run)
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Node descriptions of the network."""
-        return self._network.get_nodes()
 
     def get_node_ids(self) -> Iterable[int]:
         """Node ids of the devices in order of partition id."""
@@ -79,10 +52,6 @@ class _DevicesOnly(WrappedGrid, Generic[Network]):
     def roll_call(self) -> dict[int, NodeProfile]:
         """Ask every node who it is."""
         return devices_of(self._network.roll_call())
-
-    def by_partition(self, replies: Iterable[Message]) -> list[Message]:
-        """Sort replies by partition id, as the network does."""
-        return self._network.by_partition(replies)
 
 
 class SimulatedDevices(_DevicesOnly[SimulatedGrid], SimulatedGrid):  # type: ignore[override]
