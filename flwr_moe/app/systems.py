@@ -156,6 +156,7 @@ def _build_personal(name: str, settings: Settings, task: Task, seed: int) -> Sys
         personal=("",) if alone else head,
         relay=settings.fedmoe_da_relay and not alone,
         exchange_timeout_s=settings.exchange_timeout_s,
+        peer_dtype=settings.wire_dtype,
         min_train_nodes=task.num_clients,
         min_available_nodes=task.num_clients,
         seed=seed,

@@ -13,8 +13,10 @@ from torch import Tensor
 from flwr_moe.exchange import ExchangeClient, ExchangeError, Unreachable
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import EXCHANGE_URL
+from flwr_moe.network.wire_dtype import check_wire_dtype, halved
 
 Expert = dict[str, Tensor]
+FULL = ".full"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class PeerExchange:
 
     Blobs are named ``r{run}.c{partition}.v{version}.l{layer}.e{expert}``. A version is the round
     that published it, so that a client that is ahead takes nothing from under one that is behind.
+    Where peers get half precision, the node keeps what it trained as ``….full``.
 
     Parameters
     ----------
@@ -96,14 +99,15 @@ class PeerExchange:
         ``exchange-ca``, ``exchange-cert`` and ``exchange-key`` are files with certificates.
     config : ConfigRecord
         Of the message: ``exchange-token``, ``exchange-timeout-s``, and where the node config says
-        nothing ``exchange-url``; ``peers``, ``peer-urls`` and ``peer-versions``.
+        nothing ``exchange-url``; ``peers``, ``peer-urls`` and ``peer-versions``; ``peer-dtype``,
+        the dtype that float32 experts travel in (gate rows stay as they are).
     partition_id : int
         Of the node.
 
     Raises
     ------
     ValueError
-        If there is no exchange to publish to.
+        If there is no exchange to publish to, or ``peer-dtype`` is unknown.
 
     Notes
     -----
@@ -121,6 +125,8 @@ class PeerExchange:
         self._versions = dict(zip(peers, versions, strict=True))
         self._urls[partition_id] = own_exchange(context, config)
         self._access = Access.of(context, config)
+        self._dtype = str(config.get("peer-dtype", "float32"))
+        check_wire_dtype(self._dtype, "peer-dtype")
         self._silent: set[str] = set()
         self.fetched_bytes = 0
 
@@ -147,14 +153,18 @@ class PeerExchange:
         ExchangeError
             If the node's exchange does not answer or has lost it.
         """
-        return self._mine.get(self._name(self.partition_id, version, layer, expert))
+        name = self._name(self.partition_id, version, layer, expert)
+        return self._mine.get(name if self._dtype == "float32" else name + FULL)
 
     def publish(
         self, version: int, experts: Mapping[tuple[int, int], Mapping[str, Tensor]]
     ) -> None:
         """Store experts by (layer, expert) at the node's exchange; ExchangeError if it fails."""
         for (layer, expert), tensors in experts.items():
-            self._mine.put(self._name(self.partition_id, version, layer, expert), dict(tensors))
+            name = self._name(self.partition_id, version, layer, expert)
+            if self._dtype != "float32":
+                self._mine.put(name + FULL, dict(tensors))
+            self._mine.put(name, halved(tensors, self._dtype))
 
     def drop(self, keep: Sequence[int]) -> None:
         """Delete the node's own experts of this run except for some versions."""

@@ -22,10 +22,10 @@ _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _LEFT_ALONE = ("gate", "activation", "gradient")
 
 
-def check_wire_dtype(dtype: str) -> None:
-    """Raise ValueError unless floats can travel in this dtype."""
+def check_wire_dtype(dtype: str, key: str = "wire-dtype") -> None:
+    """Raise ValueError that names the key unless floats can travel in this dtype."""
     if dtype not in WIRE_DTYPES:
-        raise ValueError(f"wire-dtype is {dtype!r}, expected one of {', '.join(WIRE_DTYPES)}")
+        raise ValueError(f"{key} is {dtype!r}, expected one of {', '.join(WIRE_DTYPES)}")
 
 
 def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
@@ -63,6 +63,31 @@ def state_of(record: ArrayRecord) -> dict[str, Tensor]:
         key: _bits_of(array) if array.dtype == "bfloat16" else torch.from_numpy(array.numpy())
         for key, array in record.items()
     }
+
+
+def halved(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Cast float32 tensors that travel outside messages, by the rules of :func:`encode`.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor
+        Those whose name begins with ``gate.`` are left alone.
+    dtype : str
+        One of :data:`WIRE_DTYPES`.
+
+    Returns
+    -------
+    dict of str to Tensor
+        New where they were cast.
+    """
+    if dtype == "float32":
+        return dict(tensors)
+    cast = {
+        name: tensor.to(_HALVES[dtype])
+        for name, tensor in tensors.items()
+        if tensor.dtype == torch.float32 and not name.startswith("gate.")
+    }
+    return {**tensors, **{name: t for name, t in cast.items() if torch.isfinite(t).all()}}
 
 
 def encode(content: RecordDict, dtype: str, sealed: bool) -> RecordDict:

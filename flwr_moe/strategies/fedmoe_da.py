@@ -25,6 +25,7 @@ from flwr_moe.network import (
 )
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import EXCHANGE_URL, NodeProfile
+from flwr_moe.network.wire_dtype import check_wire_dtype
 from flwr_moe.strategies.averaging import Arrays, to_arrays, to_record, weighted_mean
 from flwr_moe.strategies.nodes import sample, wait_for, with_clock
 from flwr_moe.strategies.relay import relay_experts
@@ -64,6 +65,9 @@ class FedMoEDA(FedAvg):
         Exchange of nodes whose node config names none, and the token for all exchanges.
     exchange_timeout_s : float
         Wall seconds after which a peer counts as silent.
+    peer_dtype : str
+        Dtype in which float32 experts travel between peers: ``"float32"``, ``"bfloat16"`` or
+        ``"float16"``. What a client has trained itself keeps its precision.
     seed : int
         For sampling clients where ``fraction_train`` is below 1.
 
@@ -93,6 +97,7 @@ class FedMoEDA(FedAvg):
         exchange_url: str = "",
         exchange_token: str = "",
         exchange_timeout_s: float = 5.0,
+        peer_dtype: str = "float32",
         seed: int = 0,
         fraction_evaluate: float = 0.0,
         **kwargs: Any,
@@ -111,6 +116,8 @@ class FedMoEDA(FedAvg):
         self.gate, self.personal, self.relay = gate, list(personal), relay
         self.exchange_url, self.exchange_token = exchange_url, exchange_token
         self.exchange_timeout_s = exchange_timeout_s
+        check_wire_dtype(peer_dtype, "peer_dtype")
+        self.peer_dtype = peer_dtype
         self.seed = seed
         self.reset()
 
@@ -278,6 +285,7 @@ class FedMoEDA(FedAvg):
                 EXCHANGE_URL: self.exchange_url,
                 "exchange-token": self.exchange_token,
                 "exchange-timeout-s": self.exchange_timeout_s,
+                "peer-dtype": self.peer_dtype,
             }
         arrays = self._state if full else {k: self._state[k] for k in self._shared_keys()}
         return RecordDict(

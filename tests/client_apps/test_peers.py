@@ -115,6 +115,34 @@ def test_own_experts_come_back_in_the_version_asked_for(server: ExchangeServer) 
     assert mine.fetched_bytes == 0  # what is one's own does not travel
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_peers_get_half_precision_and_the_node_keeps_what_it_trained(
+    server: ExchangeServer, store: TensorStore, dtype: str
+) -> None:
+    third = {"w1": torch.full((2, 3), 1 / 3), "gate.0": torch.full((3,), 1 / 3)}
+    exchange_at(server.url, 1, peer_dtype=dtype).publish(1, {(0, 0): third})
+    fetched = exchange_at(server.url, **peers_at(server.url), peer_dtype=dtype).fetch(1, 0, 0)
+    assert fetched is not None
+    assert torch.equal(fetched["w1"], third["w1"].to(getattr(torch, dtype)))
+    assert torch.equal(fetched["gate.0"], third["gate.0"])
+    mine = exchange_at(server.url, 1, peer_dtype=dtype)
+    own = mine.own(1, 0, 0)
+    assert all(torch.equal(own[name], third[name]) for name in third)
+    reader = exchange_at(server.url, **peers_at(server.url), peer_dtype=dtype)
+    reader.fetch(1, 0, 0)
+    assert reader.fetched_bytes == 6 * 2 + 3 * 4
+    mine.drop([])
+    assert not list(store.names())
+
+
+def test_an_expert_too_large_for_half_precision_travels_as_it_is(server: ExchangeServer) -> None:
+    huge = {"w1": torch.full((2, 3), 1e30), "gate.0": torch.zeros(3)}
+    exchange_at(server.url, 1, peer_dtype="float16").publish(1, {(0, 0): huge})
+    fetched = exchange_at(server.url, **peers_at(server.url)).fetch(1, 0, 0)
+    assert fetched is not None
+    assert torch.equal(fetched["w1"], huge["w1"])
+
+
 def test_drop_leaves_other_clients_other_runs_and_kept_versions_alone(
     server: ExchangeServer, store: TensorStore
 ) -> None:
@@ -184,6 +212,7 @@ def test_a_wrong_token_is_no_silence(server: ExchangeServer) -> None:
     [
         ({"peers": [1], "peer_urls": [], "peer_versions": [1]}, "differ in length"),
         ({"peers": [1], "peer_urls": ["http://a"], "peer_versions": []}, "differ in length"),
+        ({"peer_dtype": "int8"}, "peer-dtype is 'int8', expected one of float32"),
         ({"peers": 1}, "'peers' is 1 in the message, expected a list of numbers"),
     ],
 )
