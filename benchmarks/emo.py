@@ -1,4 +1,4 @@
-"""EMO against FedAvg and SplitFed, read off the results folder of a comparison.
+"""EMO against FedAvg and SplitFed, read off the results folders of a comparison.
 
     flwr-moe compare emo fedavg splitfed --task cifar10 --links wireless --seeds 3 … --out runs/emo
     python benchmarks/emo.py runs/emo
@@ -50,8 +50,8 @@ def against_splitfed(emo: RunRecord, splitfed: RunRecord) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder")
-    runs = load_results(parser.parse_args().folder).runs
+    parser.add_argument("folders", nargs="+", help="of one comparison, or of its parts")
+    runs = [run for f in parser.parse_args().folders for run in load_results(f).runs]
     of = {(run.system, run.seed): run for run in runs}
     seeds = []
     for seed in sorted({run.seed for run in runs if run.system == "emo"}):

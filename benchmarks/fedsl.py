@@ -1,4 +1,4 @@
-"""FedSL against SplitFed, read off the results folder of a comparison.
+"""FedSL against SplitFed, read off the results folders of a comparison.
 
     flwr-moe compare fedsl splitfed --task cifar10 --links wireless --seeds 3 … --out runs/fedsl
     python benchmarks/fedsl.py runs/fedsl
@@ -22,8 +22,8 @@ ACCURACY_BAR, BYTES_BAR = -0.01, 1 / 8
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder")
-    runs = load_results(parser.parse_args().folder).runs
+    parser.add_argument("folders", nargs="+", help="of one comparison, or of its parts")
+    runs = [run for f in parser.parse_args().folders for run in load_results(f).runs]
     of = {(run.system, run.seed): run for run in runs}
     seeds = []
     for seed in sorted({run.seed for run in runs if run.system == "fedsl"}):

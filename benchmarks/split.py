@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--width", type=float, default=1.0, help="of the client's small VGG")
     parser.add_argument("--client-batch-size", type=int, default=32)
-    parser.add_argument("--dropout", type=float, default=0.36, help="at the client's cut")
+    parser.add_argument("--dropout", type=float, default=0.46, help="at the client's cut")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     client = measure_client(
