@@ -14,7 +14,6 @@ from flwr.serverapp import Grid
 
 pytest.importorskip("transformers")
 
-from flwr_moe.app.engine import simulate
 from flwr_moe.client_apps import TrainOrder, build_client_app
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.experts import ExpertLayout
@@ -22,7 +21,6 @@ from flwr_moe.network import FixedLinks, SimulatedGrid
 from flwr_moe.strategies import EMSFL, FedMoEDA
 from tests.experts.test_families import GROUPED, every
 from tests.local_grid import RUN_ID, LocalGrid
-from tests.strategies.devices import numpy_state
 from tests.strategies.families import TRAIN, Tokens, parameters_of_experts, train_by_hand
 
 TOKEN = "letmein"
@@ -232,39 +230,3 @@ def test_two_rounds_of_fedmoe_da_mix_experts_as_by_hand(
         if key not in gates:
             got = torch.from_numpy(result.arrays[key].numpy()).double()
             torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING)
-
-
-# --- Flower's own engine -------------------------------------------------------------------
-
-
-def test_both_in_flowers_own_engine(
-    store: TensorStore, exchange: ExchangeServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
-    task = Tokens("qwen3-moe", CLIENTS, CLUSTERS)
-    start = task.warm_model().state_dict()
-    layout = ExpertLayout.of(task.build_model())
-
-    def main(grid: Grid) -> Any:
-        strategy, state, network = ems_fl(grid, task, start)
-        owned = [cluster.experts for cluster in strategy.clusters]
-        result, other = fedmoe_da(grid, task, start, exchange)
-        assert not network.ledger.events and not other.ledger.events
-        run = int(next(iter(store.names("r"))).split(".")[0][1:])
-        experts = published(store, layout, run, 2)
-        for blob in list(store.names("r")):
-            store.delete(blob)
-        return {key: a.numpy() for key, a in state.items()}, owned, result.arrays, experts
-
-    state, owned, arrays, experts = simulate(app_of(task), CLIENTS, main)
-    expected, owned_here, arrays_here, experts_here = main(LocalGrid(app_of(task), CLIENTS))
-    assert owned == owned_here
-    # Other processes may add up in another order, in single precision.
-    for key, array in expected.items():
-        assert np.allclose(state[key], array, rtol=0, atol=1e-5), key
-    for key, array in numpy_state(arrays_here).items():
-        assert np.allclose(arrays[key].numpy(), array, rtol=0, atol=1e-5), key
-    assert experts.keys() == experts_here.keys()
-    for where, expert in experts_here.items():
-        for part, tensor in expert.items():
-            torch.testing.assert_close(experts[where][part], tensor, rtol=0, atol=1e-5)
