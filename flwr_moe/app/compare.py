@@ -14,6 +14,7 @@ from flwr_moe.app.engine import simulate
 from flwr_moe.app.links import build_links
 from flwr_moe.app.runner import Progress, run_system, show_progress
 from flwr_moe.app.settings_network import LINKS
+from flwr_moe.app.systems import settle_judge
 from flwr_moe.report import (
     ResultsFolder,
     RunRecord,
@@ -61,7 +62,7 @@ def run_compare(systems: list[str], settings: Settings, seeds: list[int], out: P
         settings.replace(system=name).validate_for(settings.num_clients)
     build_links(settings, settings.num_clients)
     check_task(settings, systems, settings.num_clients)
-    settings = settle_experts(settings, systems)
+    settings = settle_judge(settle_experts(settings, systems), systems)
     folder = ResultsFolder.create(out)
     horizon_s = settings.horizon_hours * 3600
     runs: list[RunRecord] = []

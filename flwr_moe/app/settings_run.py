@@ -62,6 +62,12 @@ class RunSettings:
     model_width: float = setting(0.0, "factor on the channels; 0: the task's own", minimum=0)
     num_train: int = setting(0, "training samples of all clients; 0: all there are", minimum=0)
     num_test: int = setting(0, "test samples; 0: all there are", minimum=0)
+    judge_on: str = setting(
+        "auto",
+        "held-out data a global model is judged on: of all, or of each client apart (mean); auto: "
+        "each apart if a personal system is compared or the partition asks for it",
+        choices=("auto", "all", "own"),
+    )
     augment: bool = setting(False, "shift and mirror training images at random")
     train_dtype: str = setting(
         "float32", "floats that devices train with", choices=("float32", "bfloat16")

@@ -16,7 +16,7 @@ from flwr_moe.app.judge import EMSJudge, judge_model
 from flwr_moe.app.personal_judge import after_local_round, judge_clients, judge_personal
 from flwr_moe.app.split_systems import SPLIT_SYSTEMS, build_split
 from flwr_moe.app.tracker import Judge
-from flwr_moe.app.tuned import train_config
+from flwr_moe.app.tuned import PERSONALISED, train_config
 from flwr_moe.exchange.app import Handler
 from flwr_moe.experts import ExpertLayout, median_gamma
 from flwr_moe.strategies import EMSFL, FedAsync, FedBuff, FedMoEDA, SplitFed
@@ -53,6 +53,26 @@ class System:
     handlers: Mapping[str, Handler] = field(default_factory=dict)
 
 
+def settle_judge(settings: Settings, systems: list[str]) -> Settings:
+    """Decide whose held-out data global models are judged on, so that figures compare.
+
+    Parameters
+    ----------
+    settings : Settings
+        ``judge-on`` may be ``"auto"``.
+    systems : list of str
+        Systems that are compared; personal ones know their clients' own data alone.
+
+    Returns
+    -------
+    Settings
+        With ``judge-on`` decided, or still ``"auto"`` where the task decides.
+    """
+    if settings.judge_on == "auto" and any(name in PERSONALISED for name in systems):
+        return settings.replace(judge_on="own")
+    return settings
+
+
 def build_system(name: str, settings: Settings, task: Task, seed: int) -> System:
     """Build a system by name.
 
@@ -61,13 +81,14 @@ def build_system(name: str, settings: Settings, task: Task, seed: int) -> System
     ValueError
         If there is no such system in this version.
     """
-    judge = judge_clients(task) if task.own_tests else judge_model(task)
+    own = task.own_tests if settings.judge_on == "auto" else settings.judge_on == "own"
+    judge = judge_clients(task) if own else judge_model(task)
     if name in ("fedavg", "fedavg-until-pass"):
         nodes = task.num_clients
         strategy: Strategy = FedAvg(
             fraction_evaluate=0.0, min_train_nodes=nodes, min_available_nodes=nodes
         )
-        if not task.own_tests:
+        if not own:
             return System(strategy, judge)
         # Round 0 is nobody's: the local round draws other batches than any round before it.
         order = ConfigRecord({**train_config(settings, name, seed), "server-round": 0})

@@ -9,12 +9,14 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from torch import nn
 
+from flwr_moe.app.config import Settings
 from flwr_moe.app.personal_judge import (
     after_local_round,
     judge_clients,
     judge_personal,
     mean_over_clients,
 )
+from flwr_moe.app.systems import build_system, settle_judge
 from flwr_moe.tasks import Samples
 
 NOTHING = Samples(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
@@ -157,3 +159,25 @@ def test_after_a_local_round_each_has_learnt_its_own_and_nobody_elses() -> None:
 def test_without_training_data_a_client_keeps_the_global_model() -> None:
     task = FakeTask([labels(1, 1), labels(0)], [labels(1), NOTHING])
     assert after_local_round(task, arrays(0, 1), ORDER) == pytest.approx(1 / 2)
+
+
+@pytest.mark.parametrize(
+    ("judge_on", "own_tests", "systems", "expected"),
+    [
+        ("auto", False, ["fedavg", "ems-fl"], 3 / 5),  # all held-out data together
+        ("auto", False, ["fedavg", "fedmoe-da"], 3 / 8),  # the mean of 3 in 4 and 0 in 1
+        ("auto", False, ["local", "fedavg"], 3 / 8),
+        ("auto", True, ["fedavg"], 3 / 8),
+        ("all", False, ["fedavg", "fedmoe-da"], 3 / 5),
+        ("all", True, ["fedavg"], 3 / 5),
+        ("own", False, ["fedavg"], 3 / 8),
+    ],
+)
+def test_systems_that_are_compared_are_judged_alike(
+    judge_on: str, own_tests: bool, systems: list[str], expected: float
+) -> None:
+    task = FakeTask(TASK.tests)
+    task.own_tests = own_tests
+    settings = settle_judge(Settings(judge_on=judge_on), systems)
+    verdict = build_system("fedavg", settings, task, 0).judge(arrays(0, 2))
+    assert verdict()[0] == pytest.approx(expected)
