@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
 
 from flwr_moe.app.config import Settings
 from flwr_moe.app.spec import ConfigError
+from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.lora_layer import GateKind
+from flwr_moe.strategies.ems_plan import check_bounds
 from flwr_moe.tasks import Digits, Task
 from flwr_moe.tasks.ag_news import AgNews
 from flwr_moe.tasks.cifar10 import Cifar10
 from flwr_moe.tasks.lm import TextFile
+from flwr_moe.tasks.lm_tokens import TokenFile
 from flwr_moe.tasks.text_lora import LoraPlan
 
 NEED_EXPERTS = ("ems-fl", "fedmoe-da", "local")
@@ -26,7 +30,7 @@ PLAIN_ON_TEXTS = ("splitfed", "fedsl", "emo")
 NO_CHOICE = {
     "digits": ("model", "model-width", "num-train", "num-test", "augment"),
     "ag-news": ("model-width", "augment"),
-    "text": ("model", "augment"),
+    "text": ("augment",),
 }
 """Settings that a task does not have."""
 
@@ -86,6 +90,22 @@ def build_task(settings: Settings, num_clients: int, seed: int) -> Task:
             num_test=settings.num_test,
             num_public=settings.text_num_public,
             hub=settings.text_hub,
+        )
+    if settings.task == "text" and settings.model:
+        return TokenFile(
+            settings.data,
+            num_clients,
+            settings.num_clusters,
+            settings.model,
+            # A gate that sees a whole text would see what is to be guessed.
+            None
+            if settings.text_experts == "none"
+            else replace(_lora_plan(settings), gate="token"),
+            seed,
+            partition=settings.partition,
+            length=settings.text_max_length,
+            num_train=settings.num_train,
+            num_test=settings.num_test,
         )
     if settings.task == "text":
         return TextFile(
@@ -178,7 +198,7 @@ def check_task(settings: Settings, systems: list[str], num_clients: int) -> None
     ------
     ValueError
         As :func:`build_task`, or if the data cannot be read or are too few, or a system needs a
-        model with experts and the task's has none.
+        model with experts and the task's has none or too few.
     """
     settings = settle_experts(settings, systems).replace(system=systems[0])
     task = build_task(settings, num_clients, settings.seed)
@@ -188,7 +208,17 @@ def check_task(settings: Settings, systems: list[str], num_clients: int) -> None
         )
     if settings.task in TEXT_TASKS:
         with torch.device("meta"):
-            task.build_model()
+            model = task.build_model()
+        if isinstance(task, TokenFile):
+            task.check_model()
+            if "ems-fl" in systems:
+                # Experts of its own are as many as they are, whatever the settings say.
+                clusters, low, high = (
+                    settings.num_clusters,
+                    settings.min_experts,
+                    settings.max_experts,
+                )
+                check_bounds(ExpertLayout.of(model), clusters, low, high)
     task.public_data(), task.train_data(0), task.test_data()
 
 
@@ -199,6 +229,11 @@ def _check_choices(settings: Settings) -> None:
             raise ConfigError(
                 f"{key}={value!r}: expected none, task={settings.task!r} has no such choice"
             )
+    if settings.task == "text" and settings.model and settings.model_width:
+        raise ConfigError(
+            f"model-width={settings.model_width}: expected none, model={settings.model!r} has its "
+            "own"
+        )
 
 
 def _lora_plan(settings: Settings) -> LoraPlan:

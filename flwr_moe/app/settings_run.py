@@ -56,8 +56,8 @@ class RunSettings:
     max_local_steps: int = setting(1000, "most training steps between two passes", minimum=1)
     model: str = setting(
         "",
-        "vgg-small, vgg11, vgg13, vgg16 or vgg19; with ag-news a Hugging Face name or folder of "
-        "an encoder; empty: the task's own",
+        "vgg-small, vgg11, vgg13, vgg16 or vgg19; Hugging Face name or folder, with ag-news of an "
+        "encoder, with text of a causal language model; empty: the task's own",
     )
     model_width: float = setting(0.0, "factor on the channels; 0: the task's own", minimum=0)
     num_train: int = setting(0, "training samples of all clients; 0: all there are", minimum=0)

@@ -70,7 +70,7 @@ TUNED_TEXT_PLAIN = {
 def train_config(settings: Settings, system: str, seed: int) -> ConfigRecord:
     """Tell the devices how to train; settings of 0 become the tuned ones."""
     tuned = TUNED[system]
-    if settings.task == "ag-news":
+    if settings.task == "ag-news" or (settings.task == "text" and settings.model):
         plain = settle_experts(settings, [system]).text_experts == "none"
         tuned = (TUNED_TEXT_PLAIN if plain else TUNED_TEXT).get(system, tuned)
     elif settings.partition != "domains" or settings.task != "digits":

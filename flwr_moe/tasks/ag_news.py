@@ -6,12 +6,12 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flwr_moe.experts.lora_base import own_copy
+from flwr_moe.tasks.dealt import DealtByClass, Indices
 from flwr_moe.tasks.parquet import SPLITS, split_file
-from flwr_moe.tasks.shares import balanced_draw, check_shares, matching_draw, share_out
+from flwr_moe.tasks.shares import balanced_draw, check_shares
 from flwr_moe.tasks.task import Samples
 from flwr_moe.tasks.text_cache import FloatArray
 from flwr_moe.tasks.text_data import LabelledTexts, hub_texts, read_texts
@@ -27,7 +27,7 @@ WARM_STEPS, WARM_MOE_STEPS, WARM_LEARNING_RATE, WARM_MOE_LEARNING_RATE = 400, 30
 WARM_LAYERS_LEARNING_RATE = 0.0001
 
 
-class AgNews:
+class AgNews(DealtByClass):
     """News in four topics, told apart by the last layers of a pretrained encoder.
 
     A sample is what the encoder's lower layers make of a text, (T, D) in half precision: that
@@ -80,7 +80,7 @@ class AgNews:
     Source: Zhang, Zhao and LeCun 2015 for the data; the rest is ours.
     """
 
-    own_tests = False
+    min_samples, num_client_test = MIN_SAMPLES, NUM_CLIENT_TEST
 
     def __init__(
         self,
@@ -100,23 +100,12 @@ class AgNews:
         num_public: int = NUM_PUBLIC,
         hub: str = "",
     ) -> None:
-        if num_clusters < 1:
-            raise ValueError(f"num-clusters is {num_clusters}, expected at least 1")
-        if num_clients < num_clusters:
-            raise ValueError(
-                f"num-clients is {num_clients}, expected at least num-clusters = {num_clusters}"
-            )
-        if partition not in PARTITIONS:
-            raise ValueError(f"partition is {partition!r}, expected one of {', '.join(PARTITIONS)}")
+        super().__init__(num_clients, num_clusters, seed, partition, PARTITIONS)
         if num_train < 0 or num_test < 0:
             raise ValueError(f"num-train is {num_train}, num-test {num_test}, expected at least 0")
         if num_public < 1:
             raise ValueError(f"num-public is {num_public}, expected at least 1")
-        self.num_clients = num_clients
-        self.num_clusters = num_clusters
         self.lora = lora
-        self.seed = seed
-        self.partition = partition
         self.dirichlet_alpha = dirichlet_alpha
         self.num_train = num_train
         self.num_test = num_test
@@ -137,29 +126,9 @@ class AgNews:
             return topics_of_clusters(self.num_classes, self.num_clusters)
         return [tuple(range(self.num_classes))] * self.num_clusters
 
-    def cluster_of(self, partition_id: int) -> int:
-        """Return the cluster of a client."""
-        return partition_id % self.num_clusters
-
-    def train_data(self, partition_id: int) -> Samples:
-        """Return a client's own texts as the trunk reads them, (N, T, D)."""
-        return self._samples("train", self._share(partition_id))
-
-    def public_data(self) -> Samples:
-        """Return the server's texts; no client has them."""
-        return self._samples("train", self._public)
-
     def test_data(self) -> list[Samples]:
         """Return every cluster's part of the test texts."""
         return [self._samples("test", part) for part in self._tests]
-
-    def client_test_data(self, partition_id: int) -> Samples:
-        """Return about 200 test texts whose topics are mixed as in the client's own texts."""
-        own = self._labels("train")[self._share(partition_id)]
-        rng = np.random.default_rng([self.seed, 3, partition_id])
-        labels = self._labels("test")
-        drawn = matching_draw(labels, own, NUM_CLIENT_TEST, self.num_classes, rng)
-        return self._samples("test", drawn)
 
     def build_model(self) -> nn.Module:
         """Return the trained part of the encoder: a fresh head, and experts that do nothing yet."""
@@ -204,10 +173,10 @@ class AgNews:
     def _texts(self, split: str) -> LabelledTexts:
         return hub_texts(self.hub, split) if self.hub else read_texts(self._files[split])
 
-    def _labels(self, split: str) -> NDArray[np.int64]:
+    def _labels(self, split: str) -> Indices:
         return self._texts(split).labels[self._rows[split]]
 
-    def _samples(self, split: str, places: NDArray[np.int64]) -> Samples:
+    def _samples(self, split: str, places: Indices) -> Samples:
         hidden = self._hidden(split)[places]
         labels = self._labels(split)[places]
         return Samples(torch.from_numpy(np.array(hidden)), torch.from_numpy(labels))
@@ -225,7 +194,7 @@ class AgNews:
         return {}
 
     @cached_property
-    def _rows(self) -> dict[str, NDArray[np.int64]]:
+    def _rows(self) -> dict[str, Indices]:
         """Rows of the files that are used at all."""
         wanted = {"train": self.num_train and self.num_train + self.num_public}
         wanted["test"] = self.num_test
@@ -243,50 +212,28 @@ class AgNews:
             rows[split] = balanced_draw(labels, size, self.num_classes, rng) if size else every
         return rows
 
-    @cached_property
-    def _public(self) -> NDArray[np.int64]:
-        labels = self._labels("train")
-        most = len(labels) - self.num_clients * MIN_SAMPLES
+    def _check_public(self, most: int) -> None:
         if self.num_public > most:
             raise ValueError(
                 f"num-public is {self.num_public}, expected at most {max(most, 0)} with this data: "
                 f"each of {self.num_clients} clients needs {MIN_SAMPLES}"
             )
-        rng = np.random.default_rng([self.seed, 0])
-        return balanced_draw(labels, self.num_public, self.num_classes, rng)
 
     @cached_property
-    def _tests(self) -> list[NDArray[np.int64]]:
+    def _tests(self) -> list[Indices]:
         labels = self._labels("test")
         return deal_by_topic(labels, self.topics, [self.seed, 2])
 
-    def _share(self, partition_id: int) -> NDArray[np.int64]:
-        if not 0 <= partition_id < self.num_clients:
-            raise ValueError(
-                f"partition-id is {partition_id}, expected 0 to {self.num_clients - 1}"
-            )
-        return self._shares[partition_id]
-
     @cached_property
-    def _shares(self) -> list[NDArray[np.int64]]:
-        labels = self._labels("train")
-        rest = np.setdiff1d(np.arange(len(labels)), self._public)
-        if self.partition == "domains":
-            check_shares(len(rest), self.num_clients, "iid", 1.0, MIN_SAMPLES)
-            holders = [self.topics[self.cluster_of(p)] for p in range(self.num_clients)]
-            shares = deal_by_topic(labels[rest], holders, [self.seed, 1])
-            if min(map(len, shares)) < 1:
-                raise ValueError(
-                    f"num-clients is {self.num_clients}, expected fewer: the topics of client "
-                    f"{int(np.argmin([len(s) for s in shares]))} have too few texts"
-                )
-        else:
-            shares = share_out(
-                labels[rest],
-                self.num_clients,
-                self.partition,
-                self.dirichlet_alpha,
-                self.seed,
-                MIN_SAMPLES,
+    def _shares(self) -> list[Indices]:
+        if self.partition != "domains":
+            return self._dealt(self._rest)
+        check_shares(len(self._rest), self.num_clients, "iid", 1.0, MIN_SAMPLES)
+        holders = [self.topics[self.cluster_of(p)] for p in range(self.num_clients)]
+        shares = deal_by_topic(self._labels("train")[self._rest], holders, [self.seed, 1])
+        if min(map(len, shares)) < 1:
+            raise ValueError(
+                f"num-clients is {self.num_clients}, expected fewer: the topics of client "
+                f"{int(np.argmin([len(s) for s in shares]))} have too few texts"
             )
-        return [rest[share] for share in shares]
+        return [self._rest[share] for share in shares]

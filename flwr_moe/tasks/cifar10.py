@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from flwr_moe.tasks.dealt import DealtByClass, Indices
 from flwr_moe.tasks.parquet import SPLITS, LabelledImages, hub_images, read_images, split_file
-from flwr_moe.tasks.shares import PARTITIONS, balanced_draw, matching_draw, share_out
+from flwr_moe.tasks.shares import PARTITIONS, balanced_draw
 from flwr_moe.tasks.task import Samples
 from flwr_moe.tasks.vgg import VGG
 
@@ -23,7 +24,7 @@ NUM_PUBLIC, NUM_CLIENT_TEST, MIN_SAMPLES = 500, 500, 32
 SIDE, PADDING = 32, 4
 
 
-class Cifar10:
+class Cifar10(DealtByClass):
     """Ten classes of 32 by 32 colour images, learnt by a VGG network.
 
     The server's public share is drawn from the training file first, clients share what is left or
@@ -65,6 +66,8 @@ class Cifar10:
     Source: Krizhevsky 2009. Every client has at least 32 images.
     """
 
+    min_samples, num_client_test = MIN_SAMPLES, NUM_CLIENT_TEST
+
     def __init__(
         self,
         data: str,
@@ -81,14 +84,7 @@ class Cifar10:
         augment: bool = False,
         hub: str = "",
     ) -> None:
-        if num_clusters < 1:
-            raise ValueError(f"num-clusters is {num_clusters}, expected at least 1")
-        if num_clients < num_clusters:
-            raise ValueError(
-                f"num-clients is {num_clients}, expected at least num-clusters = {num_clusters}"
-            )
-        if partition not in PARTITIONS:
-            raise ValueError(f"partition is {partition!r}, expected one of {', '.join(PARTITIONS)}")
+        super().__init__(num_clients, num_clusters, seed, partition, PARTITIONS)
         if partition == "dirichlet" and not 0 < dirichlet_alpha < float("inf"):
             raise ValueError(f"dirichlet-alpha is {dirichlet_alpha}, expected above 0")
         for key, value in (("train", num_train), ("test", num_test), ("public", num_public)):
@@ -99,11 +95,6 @@ class Cifar10:
                 f"num-train is {num_train}, expected 0 or at least {num_clients * MIN_SAMPLES}: "
                 f"each of {num_clients} clients needs {MIN_SAMPLES}"
             )
-        self.own_tests = False
-        self.num_clients = num_clients
-        self.num_clusters = num_clusters
-        self.seed = seed
-        self.partition = partition
         self.dirichlet_alpha = dirichlet_alpha
         self.model = model
         self.width = width
@@ -123,31 +114,11 @@ class Cifar10:
         """Classes: 10, or as many as a data set by name has."""
         return int(self._images("train").labels.max()) + 1 if self.hub else 10
 
-    def cluster_of(self, partition_id: int) -> int:
-        """Return the cluster of a client."""
-        return partition_id % self.num_clusters
-
-    def train_data(self, partition_id: int) -> Samples:
-        """Return a client's own images (N, 3, 32, 32), normalised."""
-        return self._samples("train", self._share(partition_id))
-
-    def public_data(self) -> Samples:
-        """Return the server's images; no client has them."""
-        return self._samples("train", self._public)
-
     def test_data(self) -> list[Samples]:
         """Return every cluster's part of the test images."""
         shuffled = self._rng(2).permutation(self._test)
         parts = [np.sort(shuffled[k :: self.num_clusters]) for k in range(self.num_clusters)]
         return [self._samples("test", part) for part in parts]
-
-    def client_test_data(self, partition_id: int) -> Samples:
-        """Return about 500 test images whose classes are mixed as in the client's own images."""
-        own = self._images("train").labels[self._share(partition_id)]
-        labels = self._images("test").labels
-        rng = self._rng(3, partition_id)
-        drawn = matching_draw(labels, own, NUM_CLIENT_TEST, self.num_classes, rng)
-        return self._samples("test", drawn)
 
     def build_model(self) -> VGG:
         """Return a fresh model."""
@@ -158,9 +129,6 @@ class Cifar10:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return self.build_model()
-
-    def _rng(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *key])
 
     def _images(self, split: str) -> LabelledImages:
         where = self.hub or str(self._files[split])
@@ -173,47 +141,31 @@ class Cifar10:
             raise ValueError(f"{where}: labels go from {low} to {high}, expected 0 to 9")
         return found
 
-    def _samples(self, split: str, indices: NDArray[np.int64]) -> Samples:
+    def _labels(self, split: str) -> Indices:
+        return self._images(split).labels
+
+    def _samples(self, split: str, places: Indices) -> Samples:
         images, labels = self._images(split)
-        return Samples(normalised(images[indices]), torch.from_numpy(np.array(labels[indices])))
+        return Samples(normalised(images[places]), torch.from_numpy(np.array(labels[places])))
 
-    def _share(self, partition_id: int) -> NDArray[np.int64]:
-        if not 0 <= partition_id < self.num_clients:
-            raise ValueError(
-                f"partition-id is {partition_id}, expected 0 to {self.num_clients - 1}"
-            )
-        return self._shares[partition_id]
+    def _check_public(self, most: int) -> None:
+        _check_size("num-public", self.num_public, most)
 
     @cached_property
-    def _public(self) -> NDArray[np.int64]:
-        labels = self._images("train").labels
-        _check_size("num-public", self.num_public, len(labels) - self.num_clients * MIN_SAMPLES)
-        return balanced_draw(labels, self.num_public, self.num_classes, self._rng(0))
-
-    @cached_property
-    def _test(self) -> NDArray[np.int64]:
-        labels = self._images("test").labels
+    def _test(self) -> Indices:
+        labels = self._labels("test")
         _check_size("num-test", self.num_test, len(labels))
         size = self.num_test or len(labels)
         return balanced_draw(labels, size, self.num_classes, self._rng(1))
 
     @cached_property
-    def _shares(self) -> list[NDArray[np.int64]]:
-        labels = self._images("train").labels
-        rest = np.setdiff1d(np.arange(len(labels)), self._public)
+    def _shares(self) -> list[Indices]:
+        rest = self._rest
         _check_size("num-train", self.num_train, len(rest))
         if self.num_train:
-            drawn = balanced_draw(labels[rest], self.num_train, self.num_classes, self._rng(4))
-            rest = rest[drawn]
-        shares = share_out(
-            labels[rest],
-            self.num_clients,
-            self.partition,
-            self.dirichlet_alpha,
-            self.seed,
-            MIN_SAMPLES,
-        )
-        return [rest[share] for share in shares]
+            labels = self._labels("train")[rest]
+            rest = rest[balanced_draw(labels, self.num_train, self.num_classes, self._rng(4))]
+        return self._dealt(rest)
 
 
 def normalised(images: NDArray[np.uint8]) -> Tensor:

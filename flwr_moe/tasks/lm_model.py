@@ -1,4 +1,4 @@
-"""A small decoder over bytes, with mixtures of experts or plain layers."""
+"""Decoders that guess the next token, and a small one over bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,27 @@ PLAIN_WIDTH = 2
 """Width inside a plain layer, as a multiple of the model's: that of two experts."""
 
 
-class NextByte(nn.Module):
+class NextToken(nn.Module):
+    """A causal language model of transformers that guesses the next token, from ids alone.
+
+    Parameters
+    ----------
+    decoder : nn.Module
+        The model, called with ``input_ids``.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ids (B, T) to logits (B, T, V) of the token after each."""
+        # What it would keep for writing on is of no use here.
+        logits: Tensor = self.decoder(input_ids=x.to(torch.int64), use_cache=False).logits
+        return logits
+
+
+class NextByte(NextToken):
     """A Mixtral of two layers, or without experts a Llama, that guesses the next byte.
 
     Parameters
@@ -43,7 +63,6 @@ class NextByte(nn.Module):
             raise ValueError(
                 "task='text' needs transformers: expected `pip install 'flwr-moe[transformers]'`"
             ) from error
-        super().__init__()
         common: dict[str, Any] = {
             "vocab_size": NUM_BYTES,
             "hidden_size": d_model,
@@ -57,7 +76,6 @@ class NextByte(nn.Module):
             "eos_token_id": None,
             "use_cache": False,
         }
-        self.decoder: nn.Module
         if num_experts:
             routed = transformers.MixtralConfig(
                 **common,
@@ -65,12 +83,7 @@ class NextByte(nn.Module):
                 num_local_experts=num_experts,
                 num_experts_per_tok=top_k,
             )
-            self.decoder = transformers.MixtralForCausalLM(routed)
+            super().__init__(transformers.MixtralForCausalLM(routed))
         else:
             plain = transformers.LlamaConfig(**common, intermediate_size=PLAIN_WIDTH * d_model)
-            self.decoder = transformers.LlamaForCausalLM(plain)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map bytes (B, T) to logits (B, T, 256) of the byte after each."""
-        logits: Tensor = self.decoder(input_ids=x.to(torch.int64)).logits
-        return logits
+            super().__init__(transformers.LlamaForCausalLM(plain))

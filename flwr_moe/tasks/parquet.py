@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from flwr_moe.tasks.cache_folder import cache_folder
+
 SPLITS = ("train", "test")
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image"), ("label", "labels", "fine_label")
 CACHE_FORMAT = "1"
@@ -167,16 +169,10 @@ def _mark(files: list[Path]) -> str:
 
 
 def _through_cache(mark: str, decode: Callable[[], LabelledImages]) -> LabelledImages:
-    folder = Path(tempfile.gettempdir()) / f"flwr-moe-{_user()}"
-    cached = [folder / f"{mark}-{what}.npy" for what in ("images", "labels")]
-    try:
-        # A folder that somebody else made could hold anything.
-        folder.mkdir(mode=0o700, exist_ok=True)
-        mine = folder.stat().st_uid == os.getuid() and not folder.is_symlink()
-    except (OSError, AttributeError):
-        mine = False
-    if not mine:
+    folder = cache_folder()
+    if folder is None:
         return decode()
+    cached = [folder / f"{mark}-{what}.npy" for what in ("images", "labels")]
     found = _cached(cached)
     if found is None:
         found = decode()
@@ -187,10 +183,6 @@ def _through_cache(mark: str, decode: Callable[[], LabelledImages]) -> LabelledI
             return found
         found = _cached(cached) or found
     return found
-
-
-def _user() -> str:
-    return str(os.getuid()) if hasattr(os, "getuid") else "user"
 
 
 def _cached(files: list[Path]) -> LabelledImages | None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flwr_moe.tasks.cache_folder import cache_folder
+
 FloatArray = NDArray[np.float16]
+Ids = NDArray[np.int32]
 Fill = Callable[[FloatArray], None]
 
 
@@ -37,32 +42,50 @@ def cached_array(parts: list[str], shape: tuple[int, ...], fill: Fill) -> FloatA
     -----
     It lies in the system's temporary folder, in a folder of the user's own. Source: ours.
     """
-    mark = hashlib.sha256("\n".join([*parts, str(shape)]).encode()).hexdigest()[:32]
-    folder = _own_folder()
-    if folder is None:
+    target = _place([*parts, str(shape)], "hidden")
+    if target is None:
         return _filled(shape, fill)
-    target = folder / f"{mark}-hidden.npy"
-    found = _mapped(target, shape)
-    if found is not None:
+    found = _mapped(target)
+    if not _fits(found, shape):
+        try:
+            _write(target, lambda name: _fill_file(name, shape, fill))
+        except OSError:
+            return _filled(shape, fill)
+        found = _mapped(target)
+    return found if found is not None and _fits(found, shape) else _filled(shape, fill)
+
+
+def cached_ids(parts: list[str], read: Callable[[], Ids]) -> Ids:
+    """Return a row of token ids, from the cache or read now.
+
+    Parameters
+    ----------
+    parts : list of str
+        All that the ids depend on.
+    read : callable
+        Gives them.
+
+    Returns
+    -------
+    array (N,) of int32
+        As :func:`cached_array` does it.
+    """
+    target = _place(parts, "ids")
+    found = None if target is None else _mapped(target)
+    if found is not None and found.ndim == 1 and found.dtype == np.int32:
         return found
-    try:
-        _write(target, shape, fill)
-    except OSError:
-        return _filled(shape, fill)
-    found = _mapped(target, shape)
-    return _filled(shape, fill) if found is None else found
+    ids = read()
+    if target is not None:
+        # Where nothing can be written, every process reads for itself.
+        with contextlib.suppress(OSError):
+            _write(target, lambda name: _save(name, ids))
+    return ids
 
 
-def _own_folder() -> Path | None:
-    user = str(os.getuid()) if hasattr(os, "getuid") else "user"
-    folder = Path(tempfile.gettempdir()) / f"flwr-moe-{user}"
-    try:
-        # A folder that somebody else made could hold anything.
-        folder.mkdir(mode=0o700, exist_ok=True)
-        mine = folder.stat().st_uid == os.getuid() and not folder.is_symlink()
-    except (OSError, AttributeError):
-        return None
-    return folder if mine else None
+def _place(parts: list[str], what: str) -> Path | None:
+    mark = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    folder = cache_folder()
+    return None if folder is None else folder / f"{mark}-{what}.npy"
 
 
 def _filled(shape: tuple[int, ...], fill: Fill) -> FloatArray:
@@ -71,23 +94,35 @@ def _filled(shape: tuple[int, ...], fill: Fill) -> FloatArray:
     return array
 
 
-def _mapped(file: Path, shape: tuple[int, ...]) -> FloatArray | None:
+def _mapped(file: Path) -> NDArray[Any] | None:
     try:
-        array: FloatArray = np.load(file, mmap_mode="r", allow_pickle=False)
+        array: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return array if array.shape == shape and array.dtype == np.float16 else None
+    return array
 
 
-def _write(target: Path, shape: tuple[int, ...], fill: Fill) -> None:
+def _fits(array: NDArray[Any] | None, shape: tuple[int, ...]) -> bool:
+    return array is not None and array.shape == shape and array.dtype == np.float16
+
+
+def _fill_file(name: str, shape: tuple[int, ...], fill: Fill) -> None:
+    array = np.lib.format.open_memmap(name, mode="w+", dtype=np.float16, shape=shape)
+    fill(array)
+    array.flush()
+
+
+def _save(name: str, ids: Ids) -> None:
+    with open(name, "wb") as stream:
+        np.save(stream, ids, allow_pickle=False)
+
+
+def _write(target: Path, write: Callable[[str], None]) -> None:
     # Written aside and renamed, so that a process never sees half an array.
     handle, name = tempfile.mkstemp(dir=target.parent, suffix=".part")
     os.close(handle)
     try:
-        array = np.lib.format.open_memmap(name, mode="w+", dtype=np.float16, shape=shape)
-        fill(array)
-        array.flush()
-        del array
+        write(name)
         os.replace(name, target)
     finally:
         Path(name).unlink(missing_ok=True)

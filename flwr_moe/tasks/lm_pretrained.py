@@ -1,0 +1,219 @@
+"""Causal language models of transformers by name or folder, and what of them is trained."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flwr_moe.experts import ExpertLayout
+from flwr_moe.experts.lora_base import own_copy, shared_base
+from flwr_moe.tasks.lm_model import NextToken
+from flwr_moe.tasks.text_lora import LoraPlan
+
+CHECK_LENGTH = 6
+CHECK_TOLERANCE = 1e-3
+"""By which, as a share of the largest logit, rounding may move a token's logits."""
+
+
+def build_language_model(where: str, plan: LoraPlan | None, seed: int) -> nn.Module:
+    """Build a pretrained model whose experts, or all of whose layers, are trained.
+
+    A model that has experts of its own is trained as it is, and so is any model without a plan:
+    the decoder is trained whole, and embeddings that were tied to the output layer are two tensors
+    of equal values, so that a cut may part them. Under ``torch.device("meta")`` this reads the
+    configuration only. A model without experts gets LoRA experts as planned, which with their
+    gates are all that is trained; its own weights are loaded once per process, on every device.
+
+    Parameters
+    ----------
+    where : str
+        Hugging Face name, or local folder.
+    plan : LoraPlan or None
+        Experts of a model that has none; None to train its layers.
+    seed : int
+        Draws gates and one matrix of every LoRA expert; the other is zero.
+
+    Returns
+    -------
+    nn.Module
+        Maps ids (B, T) to logits (B, T, V); its ``decoder`` is the model of transformers.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be loaded, its experts are of no known family, it has no layers that are
+        called as the targets are, or a gate is to see a text as a whole: the tokens to be guessed.
+    """
+    if plan is not None and not has_experts(skeleton(where)):
+        if plan.gate != "token":
+            raise ValueError(
+                f"lora.gate is {plan.gate!r}, expected 'token': with another it would see the "
+                "tokens that are to be guessed"
+            )
+        return _with_lora_experts(where, plan, seed)
+    if plan is not None:
+        ExpertLayout.of(skeleton(where))
+    if torch.empty(0).is_meta:
+        return NextToken(copy.deepcopy(skeleton(where)))
+    decoder = pretrained(where)
+    own_copy(decoder)
+    _untie(decoder)
+    return NextToken(decoder)
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Say whether a model is a mixture of experts."""
+    return any(isinstance(m._modules.get("experts"), nn.Module) for m in model.modules())
+
+
+def pretrained(where: str) -> Any:
+    """Load a model once per process; copies share its weights, which are not to be changed.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be loaded, some of its weights are missing, or it sees later tokens.
+    """
+    return shared_base(("causal", where), lambda: _load_checked(where))
+
+
+@lru_cache(maxsize=2)
+def skeleton(where: str) -> Any:
+    """Return a model on the meta device, as its configuration describes it; not to be changed.
+
+    Raises
+    ------
+    ValueError
+        If the configuration cannot be loaded, or is of no causal language model.
+    """
+    config = from_hub(where, "AutoConfig")
+    import transformers
+
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # The library raises anything, by cause and version.
+        raise ValueError(_refused(where, error)) from error
+    own_copy(model)
+    _untie(model)
+    return model
+
+
+def from_hub(where: str, what: str, **options: Any) -> Any:
+    """Let a class of transformers load what a name or folder holds, quietly.
+
+    Parameters
+    ----------
+    where : str
+        Hugging Face name, or local folder.
+    what : str
+        The class, such as ``"AutoTokenizer"``.
+    **options
+        Of its ``from_pretrained``.
+
+    Raises
+    ------
+    ValueError
+        If transformers is not installed, or cannot load it.
+    """
+    try:
+        # Imported late: it takes seconds, and only tasks of texts need it.
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            "task='text' needs transformers: expected `pip install 'flwr-moe[transformers]'`"
+        ) from error
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        return getattr(transformers, what).from_pretrained(
+            where, local_files_only=Path(where).is_dir(), **options
+        )
+    except Exception as error:  # The library raises anything, by cause and version.
+        raise ValueError(_refused(where, error)) from error
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()
+
+
+def _refused(where: str, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"model is {where!r}, expected the name or folder of a causal language model and its "
+        f"tokenizer that can be loaded: {reason}"
+    )
+
+
+def _load_checked(where: str) -> Any:
+    model, found = from_hub(
+        where, "AutoModelForCausalLM", dtype=torch.float32, output_loading_info=True
+    )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model is {where!r}: it has no weights for {missing[0]} ({len(missing)} missing), "
+            "expected those of a causal language model"
+        )
+    if not _is_causal(model):
+        raise ValueError(
+            f"model is {where!r}: a {type(model).__name__} that sees later tokens, expected a "
+            "causal language model"
+        )
+    return model
+
+
+@torch.no_grad()
+def _is_causal(model: Any) -> bool:
+    """Try whether another last token changes what the model says of those before it."""
+    model.eval()
+    x_BT = torch.arange(CHECK_LENGTH).repeat(2, 1)
+    x_BT[1, -1] = 0
+    logits: Tensor = model(input_ids=x_BT, use_cache=False).logits[:, :-1]
+    return bool((logits[0] - logits[1]).abs().max() <= CHECK_TOLERANCE * logits.abs().max())
+
+
+def _untie(model: Any) -> None:
+    """Tell a model whose parameters are all its own that it has no tied ones."""
+    model.config.tie_word_embeddings = False
+    model.config.get_text_config().tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+def _with_lora_experts(where: str, plan: LoraPlan, seed: int) -> nn.Module:
+    # Imported late, as above.
+    from flwr_moe.experts.lora import add_lora_experts
+    from flwr_moe.experts.lora_sites import require_peft
+
+    lora = require_peft()
+    model = NextToken(pretrained(where))
+    names = _linear_names(model)
+    unknown = [t for t in plan.targets if not any(f".{n}".endswith(f".{t}") for n in names)]
+    if unknown or not plan.targets:
+        existing = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+        raise ValueError(
+            f"lora.targets names {','.join(unknown) or 'nothing'}, expected some of "
+            f"{', '.join(existing)}"
+        )
+    config = lora.LoraConfig(r=plan.rank, lora_alpha=plan.alpha, target_modules=list(plan.targets))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return add_lora_experts(
+        model, config, plan.num_experts, plan.top_k, gate=plan.gate, generator=generator
+    )
+
+
+def _linear_names(model: NextToken) -> list[str]:
+    """Name the linear layers inside a model, those of GPT-2's kind too, but its output layer."""
+    decoder: Any = model.decoder
+    output = decoder.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if module is not output
+        and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    ]
