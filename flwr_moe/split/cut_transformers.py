@@ -75,9 +75,15 @@ _LAYOUTS = {
     "gpt2": _Layout("h", {"wte": _HandOn, "wpe": _NoPosition, "drop": _HandOn}, is_decoder=True),
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "mixtral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "mixtral": _LLAMA,
+    "qwen2_moe": _LLAMA,
+    "qwen3_moe": _LLAMA,
+    "olmoe": _LLAMA,
+    "deepseek_v3": _LLAMA,
+    "glm4_moe": _LLAMA,
+    "gpt_oss": _LLAMA,
 }
 
 

@@ -1,5 +1,6 @@
 """Cutting encoders and decoders of transformers."""
 
+import copy
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from flwr_moe.split.costs import cut_table  # noqa: E402
 from flwr_moe.split.cut import materialise, possible_cuts, split_model  # noqa: E402
+from tests.experts.test_families import CONFIGS, TEXT_TO_TEXT  # noqa: E402
 from tests.split.halves import allocated_bytes, assert_same_step, tensor_of  # noqa: E402
 
 PADDING = 1
@@ -123,11 +125,17 @@ def test_only_the_activation_crosses_without_a_mask() -> None:
     assert len(split_model(model, "bert.encoder.layer.0").client(IDS)) == 1
 
 
-def test_a_mixture_of_experts_in_single_precision() -> None:
-    config = LLAMA | {"num_local_experts": 4}
-    model = build("Mixtral", "ForCausalLM", **config).eval()
-    split = split_model(model, "model.layers.1")
-    assert torch.equal(split.server(*split.client(**BATCH)), tensor_of(model(**BATCH)))
+@pytest.mark.parametrize("name", sorted({*CONFIGS} - {*TEXT_TO_TEXT, "llama4"}))
+def test_a_mixture_of_experts_in_single_precision(name: str) -> None:
+    kind, config = CONFIGS[name]
+    torch.manual_seed(0)
+    model = kind(copy.deepcopy(config)).eval()
+    whole = tensor_of(model(**BATCH))
+    for at in ("model.embed_tokens", "model.layers.0", "model.layers.1"):
+        split = split_model(model, at)
+        hidden, *context = split.client(**BATCH)
+        assert torch.equal(split.server(hidden, *context), whole)
+        assert not torch.equal(split.server(hidden.roll(1, 0), *context), whole)
 
 
 @pytest.mark.parametrize(
