@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flwr_moe.app.tracker import Judge, Verdict
 from flwr_moe.client_apps.gate_report import gate_inputs_by_batch
@@ -57,6 +58,11 @@ class EMSJudge:
         ``"mixture"``: every cluster's submodel answers and the gate's posterior over clusters
         mixes the answers. ``"gate"``: the experts the gate finds most probable answer, which
         with a router are those of the most probable cluster.
+
+    Notes
+    -----
+    While k of K clusters have been heard of, the model that everybody started from answers for the
+    others, with the weight (K - k) / K. Source: ours.
     """
 
     def __init__(self, task: Task, strategy: EMSFL, inference: str) -> None:
@@ -70,6 +76,7 @@ class EMSJudge:
         self.layout = ExpertLayout.of(self.model)
         self._answers = ClusterAnswers(self.model, self.layout, self.tests.x, predict)
         self._routed: tuple[Router, NDArray[np.float64]] | None = None
+        self._started: Tensor | None = None
 
     def __call__(self, arrays: ArrayRecord) -> Verdict:
         """Judge with the owners and the gate as they are now."""
@@ -84,10 +91,17 @@ class EMSJudge:
         by_gate = self.inference == "gate" and router is None
         if not owned or by_gate:
             # Before the gate is fitted, the model answers as it started.
-            return accuracy_and_loss(predict(self.model, self.tests.x), self.tests.y)
+            logits = predict(self.model, self.tests.x)
+            self._started = logits if self._started is None else self._started
+            return accuracy_and_loss(logits, self.tests.y)
         combine = mixed_log_probs if self.inference == "mixture" else most_probable_log_probs
-        logits = self._answers(state, owned)
-        return accuracy_and_loss(combine(logits, self.posterior(owned, router)), self.tests.y)
+        logits, posterior_BK = self._answers(state, owned), self.posterior(owned, router)
+        unheard = 1 - len(owned) / self.task.num_clusters
+        if unheard > 0 and self._started is not None:
+            logits = torch.cat([logits, self._started[None]])
+            rest_B1 = np.full((len(posterior_BK), 1), unheard)
+            posterior_BK = np.concatenate([(1 - unheard) * posterior_BK, rest_B1], 1)
+        return accuracy_and_loss(combine(logits, posterior_BK), self.tests.y)
 
     def posterior(self, owned: list[Experts], router: Router | None) -> NDArray[np.float64]:
         """Probability of each cluster for the test samples, (B, K): the router's or the gate's."""

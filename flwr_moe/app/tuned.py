@@ -47,13 +47,13 @@ TUNED = {
 TUNED_UNTRAINED = {name: Tuned(0.003, 40) for name in ("fedavg", "emo", "splitfed", "fedsl")}
 #: LoRA experts of pretrained encoders.
 TUNED_TEXT = {
-    "ems-fl": Tuned(0.001, UNTIL_CONTACT),
-    "fedavg": Tuned(0.001, 40),
-    "fedavg-until-pass": Tuned(0.001, UNTIL_CONTACT),
-    "fedasync": Tuned(0.0003, UNTIL_CONTACT),
-    "fedbuff": Tuned(0.0003, UNTIL_CONTACT),
-    "fedmoe-da": Tuned(0.001, 20),
-    "local": Tuned(0.001, 20),
+    "ems-fl": Tuned(0.003, UNTIL_CONTACT),
+    "fedavg": Tuned(0.003, 100),
+    "fedavg-until-pass": Tuned(0.003, UNTIL_CONTACT),
+    "fedasync": Tuned(0.001, UNTIL_CONTACT),
+    "fedbuff": Tuned(0.001, UNTIL_CONTACT),
+    "fedmoe-da": Tuned(0.003, 40),
+    "local": Tuned(0.003, 40),
 }
 #: Their layers themselves.
 TUNED_TEXT_PLAIN = {
