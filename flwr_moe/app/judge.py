@@ -61,8 +61,9 @@ class EMSJudge:
 
     Notes
     -----
-    While k of K clusters have been heard of, the model that everybody started from answers for the
-    others, with the weight (K - k) / K. Source: ours.
+    Until the gate is fitted, the model that everybody started from answers. If it was fitted with k
+    of K clusters, because the others did not report, that model answers for them with the weight
+    (K - k) / K. Source: ours.
     """
 
     def __init__(self, task: Task, strategy: EMSFL, inference: str) -> None:
@@ -89,11 +90,13 @@ class EMSJudge:
         state = arrays.to_torch_state_dict()
         self.model.load_state_dict(state)
         by_gate = self.inference == "gate" and router is None
-        if not owned or by_gate:
-            # Before the gate is fitted, the model answers as it started.
-            logits = predict(self.model, self.tests.x)
-            self._started = logits if self._started is None else self._started
-            return accuracy_and_loss(logits, self.tests.y)
+        if by_gate:
+            return accuracy_and_loss(predict(self.model, self.tests.x), self.tests.y)
+        if not owned:
+            # Some experts may have been trained, but nothing tells yet which inputs are theirs.
+            if self._started is None:
+                self._started = predict(self.model, self.tests.x)
+            return accuracy_and_loss(self._started, self.tests.y)
         combine = mixed_log_probs if self.inference == "mixture" else most_probable_log_probs
         logits, posterior_BK = self._answers(state, owned), self.posterior(owned, router)
         unheard = 1 - len(owned) / self.task.num_clusters

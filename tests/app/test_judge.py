@@ -47,7 +47,8 @@ def test_the_first_model_answers_for_clusters_that_were_not_heard_of():
             parameter.mul_(1.5)
     layout = ExpertLayout.of(start)
     judge = EMSJudge(task, EMSFL(layout, gate="plain"), "mixture")
-    judge(ArrayRecord(start.state_dict()))()  # nobody has been heard of yet
+    before = judge(ArrayRecord(start.state_dict()))()  # nobody has been heard of yet
+    assert judge(ArrayRecord(later.state_dict()))() == before
     owned = OWNED[:1]
     _, loss = judge._verdict(ArrayRecord(later.state_dict()), owned, None)
 
