@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,11 @@ from torch import Tensor, nn
 
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.lora_base import own_copy, shared_base
+from flwr_moe.tasks.hub import from_hub, refusal
 from flwr_moe.tasks.lm_model import NextToken
 from flwr_moe.tasks.text_lora import LoraPlan
 
+KIND = "a causal language model and its tokenizer"
 CHECK_LENGTH = 6
 CHECK_TOLERANCE = 1e-3
 """By which, as a share of the largest logit, rounding may move a token's logits."""
@@ -91,68 +92,22 @@ def skeleton(where: str) -> Any:
     ValueError
         If the configuration cannot be loaded, or is of no causal language model.
     """
-    config = from_hub(where, "AutoConfig")
+    config = from_hub(where, "AutoConfig", KIND)
     import transformers
 
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # The library raises anything, by cause and version.
-        raise ValueError(_refused(where, error)) from error
+        raise ValueError(refusal(where, KIND, error)) from error
     own_copy(model)
     _untie(model)
     return model
 
 
-def from_hub(where: str, what: str, **options: Any) -> Any:
-    """Let a class of transformers load what a name or folder holds, quietly.
-
-    Parameters
-    ----------
-    where : str
-        Hugging Face name, or local folder.
-    what : str
-        The class, such as ``"AutoTokenizer"``.
-    **options
-        Of its ``from_pretrained``.
-
-    Raises
-    ------
-    ValueError
-        If transformers is not installed, or cannot load it.
-    """
-    try:
-        # Imported late: it takes seconds, and only tasks of texts need it.
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            "task='text' needs transformers: expected `pip install 'flwr-moe[transformers]'`"
-        ) from error
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        return getattr(transformers, what).from_pretrained(
-            where, local_files_only=Path(where).is_dir(), **options
-        )
-    except Exception as error:  # The library raises anything, by cause and version.
-        raise ValueError(_refused(where, error)) from error
-    finally:
-        transformers.logging.set_verbosity(level)
-        transformers.logging.enable_progress_bar()
-
-
-def _refused(where: str, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return (
-        f"model is {where!r}, expected the name or folder of a causal language model and its "
-        f"tokenizer that can be loaded: {reason}"
-    )
-
-
 def _load_checked(where: str) -> Any:
     model, found = from_hub(
-        where, "AutoModelForCausalLM", dtype=torch.float32, output_loading_info=True
+        where, "AutoModelForCausalLM", KIND, dtype=torch.float32, output_loading_info=True
     )
     missing = sorted(found["missing_keys"])
     if missing:

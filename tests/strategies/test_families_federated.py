@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -31,18 +29,6 @@ State = dict[str, torch.Tensor]
 
 def app_of(task: Tokens) -> Any:
     return build_client_app(lambda context: task, lambda context: 1.0)
-
-
-@pytest.fixture
-def store() -> Iterator[TensorStore]:
-    with closing(TensorStore()) as store:
-        yield store
-
-
-@pytest.fixture
-def exchange(store: TensorStore) -> Iterator[ExchangeServer]:
-    with ExchangeServer(store, TOKEN) as server:
-        yield server
 
 
 def ems_fl(grid: Grid, task: Tokens, start: State) -> tuple[EMSFL, State, SimulatedGrid]:

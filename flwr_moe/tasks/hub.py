@@ -1,0 +1,57 @@
+"""What transformers loads by Hugging Face name or from a folder, quietly and with one error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def from_hub(where: str, what: str, kind: str, **options: Any) -> Any:
+    """Let a class of transformers load what a name or folder holds.
+
+    Whoever asks for a model on the meta device gets real weights here.
+
+    Parameters
+    ----------
+    where : str
+        Hugging Face name, or local folder.
+    what : str
+        The class, such as ``"AutoTokenizer"``.
+    kind : str
+        What is expected there, such as ``"an encoder"``.
+    **options
+        Of its ``from_pretrained``.
+
+    Raises
+    ------
+    ValueError
+        If transformers is not installed, or cannot load it.
+    """
+    try:
+        # Imported late: it takes seconds, and only tasks of texts need it.
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"model is {where!r}: loading it needs `pip install 'flwr-moe[transformers]'`"
+        ) from error
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with torch.device("cpu"):
+            return getattr(transformers, what).from_pretrained(
+                where, local_files_only=Path(where).is_dir(), **options
+            )
+    except Exception as error:  # The library raises anything, by cause and version.
+        raise ValueError(refusal(where, kind, error)) from error
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()
+
+
+def refusal(where: str, kind: str, error: Exception) -> str:
+    """Say that what a name or folder holds is of no use, and why."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"model is {where!r}, expected the name or folder of {kind} that can be loaded: {reason}"
