@@ -86,7 +86,7 @@ def main() -> int:
         data = task.train_data(device)
         generator = torch.Generator().manual_seed(device)
         block = encode(tap_output(front, data.x), torch.arange(len(data)), data.y, generator)
-        cache.put(device, 1, block)
+        cache.put(device, 0, block)
     alone = float((Ensemble(small, front).predict(x) == y).double().mean())
     points = []
     plans = [
