@@ -66,14 +66,6 @@ class EagerGrid(WrappedGrid):
         """Nodes of the plain Grid."""
         return self.grid.get_node_ids()
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Push to the plain Grid."""
-        return self.grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pull from the plain Grid."""
-        return self.grid.pull_messages(message_ids)
-
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:

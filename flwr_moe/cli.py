@@ -136,7 +136,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from flwr_moe.app.config import ConfigError, Settings, Value, parse_assignments
+    from flwr_moe.app.config import ConfigError, Settings, Value, check_data, parse_assignments
 
     given: dict[str, Value] = {**parse_assignments(options.set)}
     if "system" in given:
@@ -146,10 +146,7 @@ def _compare(options: argparse.Namespace) -> int:
     flags = {"task": options.task, "links": options.links, "data": options.data}
     given.update({key: value for key, value in flags.items() if value is not None})
     settings = Settings.from_mapping(given)
-    where = Path(settings.data)
-    if settings.data and not (where.is_file() if settings.task == "text" else where.is_dir()):
-        kind = "file" if settings.task == "text" else "folder"
-        raise ConfigError(f"data={settings.data!r}: no such {kind}")
+    check_data(settings)
     out = options.out or settings.out or "runs/compare"
     return _run(list(dict.fromkeys(options.systems)), settings, options.seeds, out)
 

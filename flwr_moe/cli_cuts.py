@@ -33,16 +33,13 @@ def run(options: argparse.Namespace) -> int:
     """
     import json
 
-    from flwr_moe.app.config import ConfigError, Settings, Value, parse_assignments
+    from flwr_moe.app.config import Settings, Value, check_data, parse_assignments
 
     given: dict[str, Value] = {**parse_assignments(options.set)}
     flags = {"task": options.task, "data": options.data}
     given.update({key: value for key, value in flags.items() if value is not None})
     settings = Settings.from_mapping(given)
-    where = Path(settings.data)
-    if settings.data and not (where.is_file() if settings.task == "text" else where.is_dir()):
-        kind = "file" if settings.task == "text" else "folder"
-        raise ConfigError(f"data={settings.data!r}: no such {kind}")
+    check_data(settings)
     rows = _task_table(settings)
     if options.json:
         records = [_record(row) for row in rows]

@@ -213,12 +213,8 @@ def check_task(settings: Settings, systems: list[str], num_clients: int) -> None
             task.check_model()
             if "ems-fl" in systems:
                 # Experts of its own are as many as they are, whatever the settings say.
-                clusters, low, high = (
-                    settings.num_clusters,
-                    settings.min_experts,
-                    settings.max_experts,
-                )
-                check_bounds(ExpertLayout.of(model), clusters, low, high)
+                bounds = settings.min_experts, settings.max_experts
+                check_bounds(ExpertLayout.of(model), settings.num_clusters, *bounds)
     task.public_data(), task.train_data(0), task.test_data()
 
 

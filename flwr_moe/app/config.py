@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from flwr_moe.app.settings_network import NetworkSettings
 from flwr_moe.app.settings_run import AVAILABLE_TASKS, RunSettings
@@ -161,6 +162,13 @@ def parse_assignments(pairs: Iterable[str]) -> dict[str, str]:
             raise ConfigError(f"setting {pair!r}: expected KEY=VALUE")
         mapping[key.strip()] = value.strip()
     return mapping
+
+
+def check_data(settings: Settings) -> None:
+    """Raise ConfigError if ``data`` names no folder, or with ``task=text`` no file."""
+    where, is_text = Path(settings.data), settings.task == "text"
+    if settings.data and not (where.is_file() if is_text else where.is_dir()):
+        raise ConfigError(f"data={settings.data!r}: no such {'file' if is_text else 'folder'}")
 
 
 def settings_help() -> str:

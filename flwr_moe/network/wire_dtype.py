@@ -83,11 +83,11 @@ def halved(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     if dtype == "float32":
         return dict(tensors)
     cast = {
-        name: tensor.to(_HALVES[dtype])
+        name: _half(tensor, dtype)
         for name, tensor in tensors.items()
         if tensor.dtype == torch.float32 and not name.startswith("gate.")
     }
-    return {**tensors, **{name: t for name, t in cast.items() if torch.isfinite(t).all()}}
+    return {**tensors, **{name: half for name, half in cast.items() if half is not None}}
 
 
 def encode(content: RecordDict, dtype: str, sealed: bool) -> RecordDict:
@@ -123,8 +123,8 @@ def encode(content: RecordDict, dtype: str, sealed: bool) -> RecordDict:
         values = array.numpy()
         if values.dtype != np.float32:
             return array
-        half = torch.from_numpy(values).to(_HALVES[dtype])
-        if not torch.isfinite(half).all():
+        half = _half(torch.from_numpy(values), dtype)
+        if half is None:
             return array
         return _labelled(_array_of(half), stype) if dtype == "bfloat16" else _array_of(half)
 
@@ -164,6 +164,12 @@ def decode(content: RecordDict, require_finite: bool = False) -> RecordDict:
         return Array(values)
 
     return _each_array(content, unwired)
+
+
+def _half(tensor: Tensor, dtype: str) -> Tensor | None:
+    """Cast to the wire's dtype; None if a value is not finite then."""
+    half = tensor.to(_HALVES[dtype])
+    return half if torch.isfinite(half).all() else None
 
 
 def _each_array(content: RecordDict, change: Callable[[str, str, Array], Array]) -> RecordDict:

@@ -73,3 +73,17 @@ class WrappedGrid(Grid):
     def get_nodes(self) -> Iterable[NodeInfo]:
         """Node descriptions of the inner Grid."""
         return self.grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Hand to the inner Grid."""
+        return self.grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Hand to the inner Grid."""
+        return self.grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Hand to the inner Grid."""
+        return self.grid.send_and_receive(messages, timeout=timeout)

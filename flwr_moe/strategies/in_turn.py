@@ -28,14 +28,6 @@ class InTurn(WrappedGrid):
         """Profiles as the inner Grid has them."""
         return self._network.profiles()
 
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Hand to the inner Grid."""
-        return self._network.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Hand to the inner Grid."""
-        return self._network.pull_messages(message_ids)
-
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:

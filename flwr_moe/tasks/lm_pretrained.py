@@ -13,7 +13,7 @@ from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.lora_base import own_copy, shared_base
 from flwr_moe.tasks.hub import from_hub, refusal
 from flwr_moe.tasks.lm_model import NextToken
-from flwr_moe.tasks.text_lora import LoraPlan
+from flwr_moe.tasks.text_lora import LoraPlan, check_targets
 
 KIND = "a causal language model and its tokenizer"
 CHECK_LENGTH = 6
@@ -148,13 +148,7 @@ def _with_lora_experts(where: str, plan: LoraPlan, seed: int) -> nn.Module:
     lora = require_peft()
     model = NextToken(pretrained(where))
     names = _linear_names(model)
-    unknown = [t for t in plan.targets if not any(f".{n}".endswith(f".{t}") for n in names)]
-    if unknown or not plan.targets:
-        existing = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
-        raise ValueError(
-            f"lora.targets names {','.join(unknown) or 'nothing'}, expected some of "
-            f"{', '.join(existing)}"
-        )
+    check_targets(plan.targets, names, dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     config = lora.LoraConfig(r=plan.rank, lora_alpha=plan.alpha, target_modules=list(plan.targets))
     generator = torch.Generator("cpu").manual_seed(seed)
     return add_lora_experts(

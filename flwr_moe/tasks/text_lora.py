@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -57,17 +58,9 @@ def with_experts(model: nn.Module, plan: LoraPlan) -> nn.Module:
         raise ValueError("task needs LoRA: expected `pip install 'flwr-moe[peft]'`") from error
     from flwr_moe.experts.lora import add_lora_experts
 
-    unknown = [
-        target
-        for target in plan.targets
-        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules())
-    ]
-    if unknown or not plan.targets:
-        linears = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)}
-        raise ValueError(
-            f"lora.targets names {','.join(unknown) or 'nothing'}, expected some of "
-            f"{', '.join(sorted(linears - {'head'}))}"
-        )
+    linears = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)}
+    names = [name for name, _ in model.named_modules()]
+    check_targets(plan.targets, names, sorted(linears - {"head"}))
     config = LoraConfig(
         r=plan.rank,
         lora_alpha=plan.alpha,
@@ -75,6 +68,16 @@ def with_experts(model: nn.Module, plan: LoraPlan) -> nn.Module:
         modules_to_save=["head"],
     )
     return add_lora_experts(model, config, plan.num_experts, plan.top_k, gate=plan.gate)
+
+
+def check_targets(targets: Sequence[str], names: Sequence[str], choice: Iterable[str]) -> None:
+    """Raise ValueError that names the choice unless each target ends the name of a module."""
+    unknown = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
+    if unknown or not targets:
+        raise ValueError(
+            f"lora.targets names {','.join(unknown) or 'nothing'}, expected some of "
+            f"{', '.join(choice)}"
+        )
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
@@ -15,21 +14,9 @@ from flwr.app import ConfigRecord, Context, RecordDict
 
 from flwr_moe.client_apps.peers import Access, PeerExchange, own_exchange
 from flwr_moe.exchange import ExchangeError, ExchangeServer, TensorStore
+from tests.conftest import TOKEN
 
-TOKEN = "letmein"
 RUN = 7
-
-
-@pytest.fixture
-def store() -> Iterator[TensorStore]:
-    with closing(TensorStore()) as store:
-        yield store
-
-
-@pytest.fixture
-def server(store: TensorStore) -> Iterator[ExchangeServer]:
-    with ExchangeServer(store, TOKEN) as server:
-        yield server
 
 
 class Deaf:
@@ -87,26 +74,26 @@ def exchange_at(url: str, partition: int = 0, **changes: Any) -> PeerExchange:
 
 
 def test_blobs_are_named_by_run_client_version_layer_and_expert(
-    server: ExchangeServer, store: TensorStore
+    exchange: ExchangeServer, store: TensorStore
 ) -> None:
-    exchange_at(server.url, 4).publish(12, {(0, 1): expert(1), (1, 0): expert(2)})
+    exchange_at(exchange.url, 4).publish(12, {(0, 1): expert(1), (1, 0): expert(2)})
     assert list(store.names()) == ["r7.c4.v12.l0.e1", "r7.c4.v12.l1.e0"]
     assert torch.equal(store.get("r7.c4.v12.l1.e0")["w1"], torch.full((2, 3), 2.0))
 
 
-def test_a_peer_gives_the_version_that_the_message_names(server: ExchangeServer) -> None:
-    peer = exchange_at(server.url, 1)
+def test_a_peer_gives_the_version_that_the_message_names(exchange: ExchangeServer) -> None:
+    peer = exchange_at(exchange.url, 1)
     for version in (1, 2, 3):
         peer.publish(version, {(0, 0): expert(version)})
-    mine = exchange_at(server.url, **peers_at(server.url, versions=[2]))
+    mine = exchange_at(exchange.url, **peers_at(exchange.url, versions=[2]))
     fetched = mine.fetch(1, 0, 0)
     assert fetched is not None
     assert torch.equal(fetched["w1"], torch.full((2, 3), 2.0))
     assert mine.fetched_bytes == (6 + 3) * 4
 
 
-def test_own_experts_come_back_in_the_version_asked_for(server: ExchangeServer) -> None:
-    mine = exchange_at(server.url)
+def test_own_experts_come_back_in_the_version_asked_for(exchange: ExchangeServer) -> None:
+    mine = exchange_at(exchange.url)
     mine.publish(1, {(0, 0): expert(1)})
     mine.publish(2, {(0, 0): expert(2)})
     assert torch.equal(mine.own(1, 0, 0)["gate.0"], torch.full((3,), -1.0))
@@ -117,36 +104,36 @@ def test_own_experts_come_back_in_the_version_asked_for(server: ExchangeServer) 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_peers_get_half_precision_and_the_node_keeps_what_it_trained(
-    server: ExchangeServer, store: TensorStore, dtype: str
+    exchange: ExchangeServer, store: TensorStore, dtype: str
 ) -> None:
     third = {"w1": torch.full((2, 3), 1 / 3), "gate.0": torch.full((3,), 1 / 3)}
-    exchange_at(server.url, 1, peer_dtype=dtype).publish(1, {(0, 0): third})
-    fetched = exchange_at(server.url, **peers_at(server.url), peer_dtype=dtype).fetch(1, 0, 0)
+    exchange_at(exchange.url, 1, peer_dtype=dtype).publish(1, {(0, 0): third})
+    fetched = exchange_at(exchange.url, **peers_at(exchange.url), peer_dtype=dtype).fetch(1, 0, 0)
     assert fetched is not None
     assert torch.equal(fetched["w1"], third["w1"].to(getattr(torch, dtype)))
     assert torch.equal(fetched["gate.0"], third["gate.0"])
-    mine = exchange_at(server.url, 1, peer_dtype=dtype)
+    mine = exchange_at(exchange.url, 1, peer_dtype=dtype)
     own = mine.own(1, 0, 0)
     assert all(torch.equal(own[name], third[name]) for name in third)
-    reader = exchange_at(server.url, **peers_at(server.url), peer_dtype=dtype)
+    reader = exchange_at(exchange.url, **peers_at(exchange.url), peer_dtype=dtype)
     reader.fetch(1, 0, 0)
     assert reader.fetched_bytes == 6 * 2 + 3 * 4
     mine.drop([])
     assert not list(store.names())
 
 
-def test_an_expert_too_large_for_half_precision_travels_as_it_is(server: ExchangeServer) -> None:
+def test_an_expert_too_large_for_half_precision_travels_as_it_is(exchange: ExchangeServer) -> None:
     huge = {"w1": torch.full((2, 3), 1e30), "gate.0": torch.zeros(3)}
-    exchange_at(server.url, 1, peer_dtype="float16").publish(1, {(0, 0): huge})
-    fetched = exchange_at(server.url, **peers_at(server.url)).fetch(1, 0, 0)
+    exchange_at(exchange.url, 1, peer_dtype="float16").publish(1, {(0, 0): huge})
+    fetched = exchange_at(exchange.url, **peers_at(exchange.url)).fetch(1, 0, 0)
     assert fetched is not None
     assert torch.equal(fetched["w1"], huge["w1"])
 
 
 def test_drop_leaves_other_clients_other_runs_and_kept_versions_alone(
-    server: ExchangeServer, store: TensorStore
+    exchange: ExchangeServer, store: TensorStore
 ) -> None:
-    mine, other = exchange_at(server.url, 1), exchange_at(server.url, 11)
+    mine, other = exchange_at(exchange.url, 1), exchange_at(exchange.url, 11)
     for version in (1, 2, 10, 12):
         mine.publish(version, {(0, 0): expert(version)})
     other.publish(2, {(0, 0): expert(0)})
@@ -161,17 +148,17 @@ def test_drop_leaves_other_clients_other_runs_and_kept_versions_alone(
     ]
 
 
-def test_an_expert_that_is_not_there_costs_only_itself(server: ExchangeServer) -> None:
-    exchange_at(server.url, 1).publish(1, {(0, 1): expert(1)})
-    mine = exchange_at(server.url, **peers_at(server.url))
+def test_an_expert_that_is_not_there_costs_only_itself(exchange: ExchangeServer) -> None:
+    exchange_at(exchange.url, 1).publish(1, {(0, 1): expert(1)})
+    mine = exchange_at(exchange.url, **peers_at(exchange.url))
     assert mine.fetch(1, 0, 0) is None
     assert mine.fetch(1, 0, 1) is not None
 
 
-def test_a_silent_peer_is_asked_once(server: ExchangeServer) -> None:
+def test_a_silent_peer_is_asked_once(exchange: ExchangeServer) -> None:
     with closing(Deaf()) as deaf:
-        mine = exchange_at(server.url, **peers_at(deaf.url, server.url))
-        exchange_at(server.url, 2).publish(1, {(0, 0): expert(5)})
+        mine = exchange_at(exchange.url, **peers_at(deaf.url, exchange.url))
+        exchange_at(exchange.url, 2).publish(1, {(0, 0): expert(5)})
         assert mine.fetch(1, 0, 0) is None
         asked = deaf.heard
         assert asked >= 1
@@ -183,25 +170,25 @@ def test_a_silent_peer_is_asked_once(server: ExchangeServer) -> None:
         assert mine.fetch(2, 0, 0) is not None
 
 
-def test_a_new_message_asks_a_peer_that_was_silent_again(server: ExchangeServer) -> None:
+def test_a_new_message_asks_a_peer_that_was_silent_again(exchange: ExchangeServer) -> None:
     with closing(Deaf()) as deaf:
         for _ in range(2):
             before = deaf.heard
-            assert exchange_at(server.url, **peers_at(deaf.url)).fetch(1, 0, 0) is None
+            assert exchange_at(exchange.url, **peers_at(deaf.url)).fetch(1, 0, 0) is None
             assert deaf.heard > before
 
 
 @pytest.mark.parametrize("url", ["", "nowhere", "ftp://127.0.0.1:1", "http://127.0.0.1:9"])
-def test_a_peer_without_a_usable_address_is_left_out(server: ExchangeServer, url: str) -> None:
-    assert exchange_at(server.url, **peers_at(url)).fetch(1, 0, 0) is None
+def test_a_peer_without_a_usable_address_is_left_out(exchange: ExchangeServer, url: str) -> None:
+    assert exchange_at(exchange.url, **peers_at(url)).fetch(1, 0, 0) is None
 
 
-def test_a_peer_nobody_named_is_left_out(server: ExchangeServer) -> None:
-    assert exchange_at(server.url).fetch(3, 0, 0) is None
+def test_a_peer_nobody_named_is_left_out(exchange: ExchangeServer) -> None:
+    assert exchange_at(exchange.url).fetch(3, 0, 0) is None
 
 
-def test_a_wrong_token_is_no_silence(server: ExchangeServer) -> None:
-    mine = exchange_at(server.url, **peers_at(server.url), exchange_token="other")
+def test_a_wrong_token_is_no_silence(exchange: ExchangeServer) -> None:
+    mine = exchange_at(exchange.url, **peers_at(exchange.url), exchange_token="other")
     assert mine.fetch(1, 0, 0) is None
     with pytest.raises(ExchangeError, match="401"):
         mine.publish(1, {(0, 0): expert(1)})

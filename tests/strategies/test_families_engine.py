@@ -66,17 +66,6 @@ class Some(WrappedGrid):
     def get_node_ids(self) -> Iterable[int]:
         return self.ids
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self.grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self.grid.pull_messages(message_ids)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        return self.grid.send_and_receive(messages, timeout=timeout)
-
 
 def both(grid: Grid, name: str, store: TensorStore, exchange: ExchangeServer) -> dict[str, Any]:
     """A round of EMS-FL and two of FedMoE-DA; all that came of them."""

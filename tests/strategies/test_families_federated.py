@@ -17,11 +17,11 @@ from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.network import FixedLinks, SimulatedGrid
 from flwr_moe.strategies import EMSFL, FedMoEDA
+from tests.conftest import TOKEN
 from tests.experts.test_families import GROUPED, every
 from tests.local_grid import RUN_ID, LocalGrid
 from tests.strategies.families import TRAIN, Tokens, parameters_of_experts, train_by_hand
 
-TOKEN = "letmein"
 ROUNDING = 1e-6
 CLIENTS, CLUSTERS = 3, 2
 State = dict[str, torch.Tensor]

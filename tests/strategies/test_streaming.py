@@ -256,12 +256,6 @@ class Watching(WrappedGrid):
     def get_node_ids(self):
         return self.grid.get_node_ids()
 
-    def push_messages(self, messages):
-        return self.grid.push_messages(messages)
-
-    def send_and_receive(self, messages, *, timeout=None):
-        return self.grid.send_and_receive(messages, timeout=timeout)
-
     def pull_messages(self, message_ids):
         ids = list(message_ids)
         assert len(ids) == 1
