@@ -26,7 +26,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from flwr_moe.app.engine import simulate
+from flwr_moe.engines.flower import simulate
 from flwr_moe.network import FixedLinks, SimulatedGrid
 from flwr_moe.network.wrapped import WrappedGrid
 

@@ -63,9 +63,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
         f"cifar10-{name}": (name, [*IMAGES, *(EMO if name == "emo" else [])])
         for name in ("fedavg", "splitfed", "fedsl", "emo")
     },
-    **{
-        f"texts-{name}": (name, TEXTS) for name in ("ems-fl", "fedavg", "fedasync", "fedmoe-da")
-    },
+    **{f"texts-{name}": (name, TEXTS) for name in ("ems-fl", "fedavg", "fedasync", "fedmoe-da")},
 }
 SPLIT_SECTION = "fedsl"
 
@@ -111,7 +109,7 @@ def main() -> int:
 
 def history(name: str, data: str | None) -> tuple[bytes, float]:
     """Run one case by the command a user would type; its history and the seconds it took."""
-    from flwr_moe.cli import main as flwr_moe
+    from flwr_moe.cli.main import main as flwr_moe
 
     system, settings = CASES[name]
     command = ["compare", system, "--out", "results"]

@@ -35,8 +35,8 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flwr_moe.app.engine import simulate
-from flwr_moe.client_apps.cut_link import CutLink
+from flwr_moe.client_apps.split.link import CutLink
+from flwr_moe.engines.flower import simulate
 from flwr_moe.exchange import ExchangeClient, ExchangeServer, TensorStore
 from flwr_moe.split.codecs import CodecKey, cut_codecs
 from flwr_moe.split.cut import split_model

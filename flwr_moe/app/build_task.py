@@ -10,8 +10,8 @@ import torch
 from flwr_moe.app.config import Settings
 from flwr_moe.app.spec import ConfigError
 from flwr_moe.experts import ExpertLayout
-from flwr_moe.experts.lora_layer import GateKind
-from flwr_moe.strategies.ems_plan import check_bounds
+from flwr_moe.lora.layer import GateKind
+from flwr_moe.strategies.ems_fl.plan import check_bounds
 from flwr_moe.tasks import Digits, Task
 from flwr_moe.tasks.ag_news import AgNews
 from flwr_moe.tasks.cifar10 import Cifar10

@@ -10,11 +10,11 @@ from flwr_moe.app.build_task import check_task, settle_experts
 from flwr_moe.app.client_app import make_client_app
 from flwr_moe.app.config import ConfigError, Settings
 from flwr_moe.app.emo_system import overlay_nodes
-from flwr_moe.app.engine import simulate
 from flwr_moe.app.links import build_links
 from flwr_moe.app.runner import Progress, run_system, show_progress
 from flwr_moe.app.settings_network import LINKS
 from flwr_moe.app.systems import settle_judge
+from flwr_moe.engines.flower import simulate
 from flwr_moe.report import (
     ResultsFolder,
     RunRecord,

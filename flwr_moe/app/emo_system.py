@@ -21,7 +21,7 @@ from flwr_moe.app.config import Settings
 from flwr_moe.app.spec import ConfigError
 from flwr_moe.app.split_systems import CUTS
 from flwr_moe.app.tracker import Verdict
-from flwr_moe.client_apps.overlay import tap_output
+from flwr_moe.client_apps.emo import tap_output
 from flwr_moe.network import FixedLinks, Links, NodeProfile
 from flwr_moe.overlay.controller import Controller, Convergence, EveryRound, FixedPeriod
 from flwr_moe.overlay.ensemble import Ensemble
@@ -30,8 +30,9 @@ from flwr_moe.overlay.training import Recipe
 from flwr_moe.report import load_results
 from flwr_moe.split.cut import split_model
 from flwr_moe.strategies import FedAsync
-from flwr_moe.strategies.emo import EMO
-from flwr_moe.tasks import Task, accuracy_and_loss, predict
+from flwr_moe.strategies.emo.strategy import EMO
+from flwr_moe.tasks import Task
+from flwr_moe.training import accuracy_and_loss, predict
 
 OVERLAY = "overlay"
 TAIL, WEIGHTS, THRESHOLD = "emo.tail.", "emo.weights", "emo.threshold"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flwr_moe.app.tracker import Judge, Verdict
-from flwr_moe.client_apps.gate_report import gate_inputs_by_batch
+from flwr_moe.client_apps.ems_fl.gate_report import gate_inputs_by_batch
 from flwr_moe.experts import (
     ExpertLayout,
     Router,
@@ -22,9 +22,10 @@ from flwr_moe.experts import (
 from flwr_moe.experts.mixture import ClusterAnswers
 from flwr_moe.experts.probe import probabilities_from_input
 from flwr_moe.strategies import EMSFL
-from flwr_moe.strategies.ems_plan import Experts, assigned_affinity, own_experts
-from flwr_moe.tasks import Samples, Task, accuracy_and_loss, predict
-from flwr_moe.tasks.task import gate_view
+from flwr_moe.strategies.ems_fl.plan import Experts, assigned_affinity, own_experts
+from flwr_moe.tasks import Task
+from flwr_moe.training import Samples, accuracy_and_loss, predict
+from flwr_moe.training.samples import gate_view
 
 
 def judge_model(task: Task) -> Judge:

@@ -11,7 +11,8 @@ from torch import nn
 
 from flwr_moe.app.tracker import Judge, Verdict
 from flwr_moe.client_apps.training import TrainOrder, train_by_order
-from flwr_moe.tasks import Task, accuracy_and_loss, predict
+from flwr_moe.tasks import Task
+from flwr_moe.training import accuracy_and_loss, predict
 
 ClientMetrics = Mapping[int, Mapping[str, float]]
 

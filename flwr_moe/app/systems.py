@@ -21,7 +21,7 @@ from flwr_moe.exchange.app import Handler
 from flwr_moe.experts import ExpertLayout, median_gamma
 from flwr_moe.strategies import EMSFL, FedAsync, FedBuff, FedMoEDA, SplitFed
 from flwr_moe.tasks import Task
-from flwr_moe.tasks.task import gate_view
+from flwr_moe.training.samples import gate_view
 
 
 @dataclass

@@ -1,12 +1,12 @@
 """ClientApps and mods that match the strategies."""
 
 from flwr_moe.client_apps.app import build_client_app
-from flwr_moe.client_apps.expert import register_expert_training
-from flwr_moe.client_apps.expert_mod import expert_mod
-from flwr_moe.client_apps.gate_report import answer_gate_statistics
-from flwr_moe.client_apps.overlay import overlay_mod, register_overlay
-from flwr_moe.client_apps.personal import personal_mod
-from flwr_moe.client_apps.split import register_split_training, train_half
+from flwr_moe.client_apps.emo import overlay_mod, register_overlay
+from flwr_moe.client_apps.ems_fl.gate_report import answer_gate_statistics
+from flwr_moe.client_apps.ems_fl.mod import expert_mod
+from flwr_moe.client_apps.ems_fl.training import register_expert_training
+from flwr_moe.client_apps.fedmoe_da.mod import personal_mod
+from flwr_moe.client_apps.split.training import register_split_training, train_half
 from flwr_moe.client_apps.training import TrainOrder, register_training
 from flwr_moe.client_apps.wire_mod import wire_mod
 

@@ -8,10 +8,10 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from flwr_moe.client_apps.expert import register_expert_training
-from flwr_moe.client_apps.overlay import ModelFn, overlay_mod, register_overlay
-from flwr_moe.client_apps.personal import personal_mod
-from flwr_moe.client_apps.split import register_split_training
+from flwr_moe.client_apps.emo import ModelFn, overlay_mod, register_overlay
+from flwr_moe.client_apps.ems_fl.training import register_expert_training
+from flwr_moe.client_apps.fedmoe_da.mod import personal_mod
+from flwr_moe.client_apps.split.training import register_split_training
 from flwr_moe.client_apps.training import TaskFn, partition_of, register_training
 from flwr_moe.client_apps.wire_mod import wire_mod
 from flwr_moe.experts import ExpertLayout

@@ -11,9 +11,10 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flwr_moe.network.wire_dtype import state_of, to_record
-from flwr_moe.tasks import Samples, Task, accuracy_and_loss, predict, train_steps
-from flwr_moe.tasks.precision import as_sent, check_train_dtype, prepare
-from flwr_moe.tasks.training import Transform
+from flwr_moe.tasks import Task
+from flwr_moe.training import Samples, accuracy_and_loss, predict, train_steps
+from flwr_moe.training.loop import Transform
+from flwr_moe.training.precision import as_sent, check_train_dtype, prepare
 
 TaskFn = Callable[[Context], Task]
 
@@ -36,7 +37,7 @@ class TrainOrder:
         Run seed and position of this training in the run, folded into one number.
     dtype : str
         ``train-dtype``, float32 where the message does not say; see
-        :func:`~flwr_moe.tasks.precision.prepare`.
+        :func:`~flwr_moe.training.precision.prepare`.
     checkpointing : bool
         ``gradient-checkpointing``, false where the message does not say.
     """

@@ -3,7 +3,10 @@
 from flwr_moe.network.guard import check_reply
 from flwr_moe.network.horizon import HorizonReached
 from flwr_moe.network.ledger import Ledger, count_bytes, default_kind
-from flwr_moe.network.links import FixedLinks, Links
+from flwr_moe.network.links.base import FixedLinks, Links
+from flwr_moe.network.links.satellite import SatelliteLinks
+from flwr_moe.network.links.trace import RateTrace, TraceLinks
+from flwr_moe.network.links.wireless import WirelessLinks
 from flwr_moe.network.metered import MeteredGrid
 from flwr_moe.network.nodes import (
     ROLL_CALL_TYPE,
@@ -12,13 +15,10 @@ from flwr_moe.network.nodes import (
     profile_from_reply,
 )
 from flwr_moe.network.roll_call import call_roll
-from flwr_moe.network.satellite_links import SatelliteLinks
 from flwr_moe.network.simulated import SimulatedGrid
-from flwr_moe.network.trace_links import RateTrace, TraceLinks
 from flwr_moe.network.wall_clock import MESSAGE_TTL_S, GatedGrid
 from flwr_moe.network.wire_dtype import WIRE_DTYPES, state_of, to_record
 from flwr_moe.network.wire_grid import with_wire_dtype
-from flwr_moe.network.wireless_links import WirelessLinks
 
 __all__ = [
     "MESSAGE_TTL_S",

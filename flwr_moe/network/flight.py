@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from flwr_moe.network.links import Links
+from flwr_moe.network.links.base import Links
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.network.traffic import Traffic
 

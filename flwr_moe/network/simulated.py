@@ -15,7 +15,7 @@ from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.guard import check_reply
 from flwr_moe.network.horizon import HorizonReached
 from flwr_moe.network.ledger import KindFn, Ledger, count_bytes, default_kind
-from flwr_moe.network.links import Links
+from flwr_moe.network.links.base import Links
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.network.roll_call import call_roll
 from flwr_moe.network.traffic import Traffic

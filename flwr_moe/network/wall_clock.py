@@ -15,7 +15,7 @@ from flwr_moe.network.flight import with_budget
 from flwr_moe.network.flower_adapter import address_reply, log
 from flwr_moe.network.horizon import HorizonReached
 from flwr_moe.network.ledger import KindFn, Ledger, count_bytes, default_kind
-from flwr_moe.network.links import Links
+from flwr_moe.network.links.base import Links
 from flwr_moe.network.metered import MeteredGrid
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.network.roll_call import call_roll

@@ -40,7 +40,7 @@ def save_pretrained_model(
     differ from those in memory (experts fused or one by one). Tensors are taken from `arrays`,
     converted and written layer by layer. The config is written last: a folder with one is complete.
 
-    A mixture of LoRA experts is written by :func:`~flwr_moe.experts.lora_io.save_experts` instead:
+    A mixture of LoRA experts is written by :func:`~flwr_moe.lora.io.save_experts` instead:
     every expert a folder that PEFT loads.
 
     Parameters
@@ -100,7 +100,7 @@ def _save_mixture(
     model: nn.Module, mixture: nn.Module | None, arrays: State, target: Path
 ) -> list[Path]:
     # Imported late: only mixtures need PEFT.
-    from flwr_moe.experts.lora_io import save_experts
+    from flwr_moe.lora.io import save_experts
 
     if mixture is not model:
         raise ValueError(

@@ -4,8 +4,7 @@ from flwr_moe.tasks.ag_news import AgNews
 from flwr_moe.tasks.cifar10 import Cifar10
 from flwr_moe.tasks.digits import Digits
 from flwr_moe.tasks.lm import TextFile
-from flwr_moe.tasks.task import Samples, Task
-from flwr_moe.tasks.training import accuracy_and_loss, predict, train_steps
+from flwr_moe.tasks.task import Task
 from flwr_moe.tasks.vgg import VGG
 
 __all__ = [
@@ -13,10 +12,6 @@ __all__ = [
     "AgNews",
     "Cifar10",
     "Digits",
-    "Samples",
     "Task",
     "TextFile",
-    "accuracy_and_loss",
-    "predict",
-    "train_steps",
 ]

@@ -8,18 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flwr_moe.experts.lora_base import own_copy
+from flwr_moe.lora.base import own_copy
 from flwr_moe.tasks.dealt import DealtByClass, Indices
 from flwr_moe.tasks.parquet import SPLITS, split_file
 from flwr_moe.tasks.shares import balanced_draw, check_shares
-from flwr_moe.tasks.task import Samples
 from flwr_moe.tasks.text_cache import FloatArray
 from flwr_moe.tasks.text_data import LabelledTexts, hub_texts, read_texts
 from flwr_moe.tasks.text_encoder import Trunk, top_of
 from flwr_moe.tasks.text_lora import LoraPlan, with_experts
 from flwr_moe.tasks.text_model import TextClassifier, is_token, masked_mean
 from flwr_moe.tasks.text_topics import deal_by_topic, topics_of_clusters
-from flwr_moe.tasks.training import batch_size_for, train_steps
+from flwr_moe.training.loop import batch_size_for, train_steps
+from flwr_moe.training.samples import Samples
 
 PARTITIONS = ("domains", "iid", "dirichlet")
 NUM_PUBLIC, NUM_CLIENT_TEST, MIN_SAMPLES = 400, 200, 4

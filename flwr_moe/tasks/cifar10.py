@@ -14,8 +14,8 @@ from torch.nn import functional
 from flwr_moe.tasks.dealt import DealtByClass, Indices
 from flwr_moe.tasks.parquet import SPLITS, LabelledImages, hub_images, read_images, split_file
 from flwr_moe.tasks.shares import PARTITIONS, balanced_draw
-from flwr_moe.tasks.task import Samples
 from flwr_moe.tasks.vgg import VGG
+from flwr_moe.training.samples import Samples
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 """Of the training images' red, green and blue, on a scale from 0 to 1."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flwr_moe.tasks.shares import balanced_draw, matching_draw, share_out
-from flwr_moe.tasks.task import Samples
+from flwr_moe.training.samples import Samples
 
 Indices = NDArray[np.int64]
 

@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits
 
 from flwr_moe.tasks.models import DenseClassifier, MoEClassifier
 from flwr_moe.tasks.shares import Indices, check_shares, class_names, hold_out, share_out
-from flwr_moe.tasks.task import Samples
-from flwr_moe.tasks.training import train_steps
+from flwr_moe.training.loop import train_steps
+from flwr_moe.training.samples import Samples
 
 Images = NDArray[np.float32]
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flwr_moe.tasks.lm_model import NUM_BYTES, NextByte
-from flwr_moe.tasks.training import train_steps
 from flwr_moe.tasks.windows import Windows
+from flwr_moe.training.loop import train_steps
 
 D_MODEL = 64
 WARM_STEPS, WARM_LEARNING_RATE = 200, 0.003

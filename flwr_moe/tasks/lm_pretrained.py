@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flwr_moe.experts import ExpertLayout
-from flwr_moe.experts.lora_base import own_copy, shared_base
+from flwr_moe.lora.base import own_copy, shared_base
 from flwr_moe.tasks.hub import from_hub, refusal
 from flwr_moe.tasks.lm_model import NextToken
 from flwr_moe.tasks.text_lora import LoraPlan, check_targets
@@ -142,8 +142,8 @@ def _untie(model: Any) -> None:
 
 def _with_lora_experts(where: str, plan: LoraPlan, seed: int) -> nn.Module:
     # Imported late, as above.
-    from flwr_moe.experts.lora import add_lora_experts
-    from flwr_moe.experts.lora_sites import require_peft
+    from flwr_moe.lora.build import add_lora_experts
+    from flwr_moe.lora.sites import require_peft
 
     lora = require_peft()
     model = NextToken(pretrained(where))

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
-
-class Samples(NamedTuple):
-    """Inputs (N, ...) and labels (N,), or (N, T) where every token has one."""
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        """Return the number of samples N."""
-        return len(self.y)
+from flwr_moe.training.samples import Samples
 
 
 class Task(Protocol):
@@ -71,14 +61,3 @@ class Task(Protocol):
         it is a random initialisation that all share.
         """
         ...
-
-
-def gate_view(task: Task, x: Tensor) -> Tensor:
-    """Return what EMS-FL's router sees of inputs (B, ...): numbers of shape (B, ...).
-
-    A task whose inputs are no vectors in which distance means likeness (hidden states of many
-    tokens, token ids) has a method ``gate_view(x)`` that makes such vectors of them; for all
-    others the router sees the inputs as they are.
-    """
-    view: Callable[[Tensor], Tensor] | None = getattr(task, "gate_view", None)
-    return x if view is None else view(x)

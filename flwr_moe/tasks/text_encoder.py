@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flwr_moe.experts.lora_base import shared_base
+from flwr_moe.lora.base import shared_base
 from flwr_moe.tasks.hub import from_hub
 from flwr_moe.tasks.text_cache import FloatArray, cached_array
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from flwr_moe.experts.lora_layer import GateKind
+from flwr_moe.lora.layer import GateKind
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def with_experts(model: nn.Module, plan: LoraPlan) -> nn.Module:
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError("task needs LoRA: expected `pip install 'flwr-moe[peft]'`") from error
-    from flwr_moe.experts.lora import add_lora_experts
+    from flwr_moe.lora.build import add_lora_experts
 
     linears = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)}
     names = [name for name, _ in model.named_modules()]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flwr_moe.tasks.dealt import Dealt, Indices
-from flwr_moe.tasks.task import Samples
+from flwr_moe.training.samples import Samples
 
 Ids = NDArray[np.int64] | NDArray[np.int32]
 

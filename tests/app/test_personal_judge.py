@@ -17,7 +17,7 @@ from flwr_moe.app.personal_judge import (
     mean_over_clients,
 )
 from flwr_moe.app.systems import build_system, settle_judge
-from flwr_moe.tasks import Samples
+from flwr_moe.training import Samples
 
 NOTHING = Samples(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
 

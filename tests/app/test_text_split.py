@@ -11,7 +11,6 @@ import torch
 
 pytest.importorskip("transformers")
 
-from flwr_moe import cli_cuts
 from flwr_moe.app.build_task import build_task, check_task, settle_experts
 from flwr_moe.app.client_app import make_client_app
 from flwr_moe.app.config import ConfigError, Settings
@@ -19,6 +18,7 @@ from flwr_moe.app.emo_system import load_ensemble, overlay_nodes
 from flwr_moe.app.runner import run_system
 from flwr_moe.app.split_systems import build_split
 from flwr_moe.app.tuned import TUNED_TEXT_PLAIN, train_config
+from flwr_moe.cli import cuts as cli_cuts
 from flwr_moe.report import RunRecord, write_results
 from flwr_moe.split.ushape import UShape
 from tests.local_grid import LocalGrid

@@ -18,11 +18,12 @@ from flwr_moe.app.compare import run_one
 from flwr_moe.app.config import Settings
 from flwr_moe.app.runner import run_system
 from flwr_moe.app.tuned import TUNED_TEXT, train_config
-from flwr_moe.client_apps.gate_report import statistics_cost
+from flwr_moe.client_apps.ems_fl.gate_report import statistics_cost
 from flwr_moe.experts import ExpertLayout, GateStatistics, RandomFeatures
 from flwr_moe.report import RunRecord
-from flwr_moe.tasks import AgNews, Samples, TextFile
-from flwr_moe.tasks.task import gate_view
+from flwr_moe.tasks import AgNews, TextFile
+from flwr_moe.training import Samples
+from flwr_moe.training.samples import gate_view
 from tests.local_grid import LocalGrid
 from tests.tasks.tiny_text import write_encoder, write_news
 

@@ -8,18 +8,18 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from flwr_moe.client_apps import expert as expert_module
 from flwr_moe.client_apps import register_expert_training
-from flwr_moe.client_apps.expert import GATE_STATISTICS, TRAIN_EXPERTS, TRAINED_SHARED
-from flwr_moe.client_apps.expert_mod import expert_mod
-from flwr_moe.client_apps.gate_report import (
+from flwr_moe.client_apps.ems_fl import training as expert_module
+from flwr_moe.client_apps.ems_fl.gate_report import (
     SHARED_STATE,
     experts_in,
     own_model,
     statistics_cost,
 )
+from flwr_moe.client_apps.ems_fl.mod import expert_mod
+from flwr_moe.client_apps.ems_fl.training import GATE_STATISTICS, TRAIN_EXPERTS, TRAINED_SHARED
 from flwr_moe.experts import ExpertLayout, GateStatistics, gate_affinity
-from flwr_moe.strategies.ems_plan import ClusterReport
+from flwr_moe.strategies.ems_fl.plan import ClusterReport
 from tests.local_grid import LocalGrid
 from tests.strategies.devices import TinyTask
 

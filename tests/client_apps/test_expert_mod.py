@@ -10,8 +10,8 @@ from torch.nn import functional
 
 pytest.importorskip("transformers")
 
-from flwr_moe.client_apps.expert import TRAIN_EXPERTS
-from flwr_moe.client_apps.expert_mod import expert_mod, restricted_models
+from flwr_moe.client_apps.ems_fl.mod import expert_mod, restricted_models
+from flwr_moe.client_apps.ems_fl.training import TRAIN_EXPERTS
 from flwr_moe.experts import ExpertLayout, restricted_gate
 from flwr_moe.network import state_of, to_record
 from tests.experts.models import build

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from flwr_moe.client_apps.overlay import (
+from flwr_moe.client_apps.emo import (
     ACTIVATIONS,
     CONFIG,
     FRONT,
@@ -29,7 +29,7 @@ from flwr_moe.exchange import ExchangeClient, ExchangeServer, TensorStore
 from flwr_moe.overlay.block import decode, encode
 from flwr_moe.overlay.cache import ReplayCache
 from flwr_moe.overlay.training import Recipe
-from flwr_moe.tasks import Samples
+from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid
 
 TOKEN, SHAPE = "letmein", (4, 3, 3)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from flwr_moe.client_apps.peers import Access, PeerExchange, own_exchange
+from flwr_moe.client_apps.fedmoe_da.peers import Access, PeerExchange, own_exchange
 from flwr_moe.exchange import ExchangeError, ExchangeServer, TensorStore
 from tests.conftest import TOKEN
 

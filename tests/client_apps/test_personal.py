@@ -13,12 +13,12 @@ from flwr.common.constant import ErrorCode
 
 from flwr_moe.app.personal_judge import judge_personal
 from flwr_moe.client_apps import build_client_app, personal_mod
-from flwr_moe.client_apps.personal import PERSONAL
+from flwr_moe.client_apps.fedmoe_da.mod import PERSONAL
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.network import FixedLinks, SimulatedGrid
 from flwr_moe.strategies import FedMoEDA
-from flwr_moe.tasks import Samples
+from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid
 from tests.strategies.devices import TinyTask
 from tests.strategies.test_fedmoe_da import (

@@ -10,14 +10,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from flwr_moe.client_apps import build_client_app, train_half
-from flwr_moe.client_apps.cut_link import small_labels
-from flwr_moe.client_apps.split import SPLIT_TRAIN
-from flwr_moe.client_apps.split_visit import Visit
+from flwr_moe.client_apps.split.link import small_labels
+from flwr_moe.client_apps.split.training import SPLIT_TRAIN
+from flwr_moe.client_apps.split.visit import Visit
 from flwr_moe.exchange import RefusedByServer
 from flwr_moe.split import PruneSchedule
 from flwr_moe.split.step import step_flops
 from flwr_moe.strategies import FedSL, SplitFed
-from flwr_moe.tasks import Digits, Samples
+from flwr_moe.tasks import Digits
+from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid
 from tests.strategies.split_clients import build_model, data_of, run_split, serving
 

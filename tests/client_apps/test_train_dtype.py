@@ -7,7 +7,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from flwr_moe.client_apps import TrainOrder, build_client_app
-from flwr_moe.client_apps import expert as expert_module
+from flwr_moe.client_apps.ems_fl import training as expert_module
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.network import FixedLinks, SimulatedGrid, state_of, to_record, with_wire_dtype

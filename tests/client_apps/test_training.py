@@ -12,7 +12,7 @@ from flwr_moe.client_apps import TrainOrder, build_client_app
 from flwr_moe.client_apps.training import partition_of, train_by_order
 from flwr_moe.network import profile_from_reply
 from flwr_moe.network.nodes import ROLL_CALL_TYPE, NodeProfile
-from flwr_moe.tasks import Samples, accuracy_and_loss, predict
+from flwr_moe.training import Samples, accuracy_and_loss, predict
 from tests.local_grid import LocalGrid
 from tests.strategies.devices import TinyTask
 

@@ -14,7 +14,7 @@ from flwr_moe.experts import mixed_log_probs
 from flwr_moe.experts.mixture import cluster_logits
 from flwr_moe.network import FixedLinks, SimulatedGrid
 from flwr_moe.strategies import EMSFL
-from flwr_moe.tasks import accuracy_and_loss, predict
+from flwr_moe.training import accuracy_and_loss, predict
 from tests.local_grid import LocalGrid
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ems_fl_plugin"

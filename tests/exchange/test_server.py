@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 
-from flwr_moe import cli_serve
+from flwr_moe.cli import serve as cli_serve
 from flwr_moe.exchange import ExchangeClient, ExchangeServer, RefusedByServer, TensorStore
 from flwr_moe.exchange.body import checksum, pack
 
@@ -220,7 +220,7 @@ def token_file(tmp_path):
 
 RUN = """
 import argparse, sys
-from flwr_moe import cli_serve
+from flwr_moe.cli import serve as cli_serve
 parser = argparse.ArgumentParser()
 cli_serve.add_arguments(parser)
 sys.exit(cli_serve.run(parser.parse_args()))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from skyfield.api import wgs84
 
 from flwr_moe.network import NodeProfile, SatelliteLinks, SimulatedGrid
-from flwr_moe.network.satellite_links import merge_windows, volume_curve
+from flwr_moe.network.links.satellite import merge_windows, volume_curve
 from flwr_moe.orbit import (
     HANDHELD_S,
     VSAT_KA,

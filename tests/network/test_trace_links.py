@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flwr_moe.network import NodeProfile
-from flwr_moe.network.trace_links import RateTrace, TraceLinks
+from flwr_moe.network.links.trace import RateTrace, TraceLinks
 
 NODE, OTHER, STRANGER = NodeProfile(11, 0), NodeProfile(12, 3), NodeProfile(13, 7)
 ROUNDING_S = 1e-6

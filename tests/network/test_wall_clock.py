@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.server.utils.validator import validate_message
 from flwr.serverapp.strategy import FedAvg
 
-from flwr_moe.app.engine import simulate
+from flwr_moe.engines.flower import simulate
 from flwr_moe.network import FixedLinks, HorizonReached, NodeProfile, answer_roll_call
 from flwr_moe.network import metered as metered_module
 from flwr_moe.network import wall_clock as wall_clock_module

@@ -10,7 +10,7 @@ from scipy.special import exp1
 from scipy.stats import kstest
 
 from flwr_moe.network import NodeProfile
-from flwr_moe.network.wireless_links import (
+from flwr_moe.network.links.wireless import (
     CHUNK_BLOCKS,
     WirelessLinks,
     macro_path_loss_db,

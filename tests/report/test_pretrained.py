@@ -18,7 +18,7 @@ from flwr_moe.experts.families import repair_nllb
 from flwr_moe.network import to_record
 from flwr_moe.report.pretrained import save_pretrained_model
 from flwr_moe.report.records import ResultsError
-from flwr_moe.tasks.precision import prepare
+from flwr_moe.training.precision import prepare
 from tests.experts.test_families import CONFIGS, build, every, everything, inputs, logits
 from tests.strategies.families import Tokens
 
@@ -119,8 +119,8 @@ def test_what_does_not_fit_is_named_before_anything_is_written(tmp_path):
 
 def test_a_mixture_of_lora_experts(tmp_path):
     peft = pytest.importorskip("peft")
-    from flwr_moe.experts.lora import add_lora_experts
-    from flwr_moe.experts.lora_io import load_experts
+    from flwr_moe.lora.build import add_lora_experts
+    from flwr_moe.lora.io import load_experts
 
     def base():
         torch.manual_seed(0)

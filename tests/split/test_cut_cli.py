@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flwr_moe import cli_cuts
+from flwr_moe.cli import cuts as cli_cuts
 
 
 def run(*arguments: str) -> int:

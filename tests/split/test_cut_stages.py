@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from flwr_moe.client_apps.cut_link import CutLink, small_labels  # noqa: E402
+from flwr_moe.client_apps.split.link import CutLink, small_labels  # noqa: E402
 from flwr_moe.split.codecs import CodecKey, cut_codecs  # noqa: E402
 from flwr_moe.split.costs import cut_table  # noqa: E402
 from flwr_moe.split.cut import materialise, possible_cuts, split_model  # noqa: E402

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flwr_moe.client_apps.ushape_link import UShapeLink
+from flwr_moe.client_apps.split.ushape_link import UShapeLink
 from flwr_moe.split.codecs import CodecKey, cut_codecs
 from flwr_moe.split.protocol import agreement, top_agreement
 from flwr_moe.split.session_ushape import UShapeSession

@@ -11,12 +11,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flwr_moe.client_apps.expert import TRAINED_SHARED, experts_in, remember_shared
+from flwr_moe.client_apps.ems_fl.training import TRAINED_SHARED, experts_in, remember_shared
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.network import NodeProfile, SimulatedGrid, answer_roll_call
 from flwr_moe.strategies import EMSFL
-from flwr_moe.tasks import Samples
 from flwr_moe.tasks.models import MoEClassifier
+from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid
 
 SPEED = 1.0

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.families import repair_nllb
-from flwr_moe.tasks import Samples
+from flwr_moe.training import Samples
 from tests.experts.test_families import CONFIGS, TEXT_TO_TEXT, VOCABULARY
 
 STEPS, BATCH, RATE = 2, 3, 0.01

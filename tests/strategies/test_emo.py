@@ -17,16 +17,16 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, Result, Strategy
 from torch import nn
 
 from flwr_moe.client_apps import build_client_app
-from flwr_moe.client_apps.overlay import overlay_mod, register_overlay
+from flwr_moe.client_apps.emo import overlay_mod, register_overlay
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.network import FixedLinks, MeteredGrid, SimulatedGrid, answer_roll_call
 from flwr_moe.overlay.controller import EveryRound, FixedPeriod
 from flwr_moe.overlay.training import Recipe
 from flwr_moe.strategies import EMSFL, FedAsync
-from flwr_moe.strategies.emo import EMO
-from flwr_moe.strategies.emo_orders import Overlay
-from flwr_moe.tasks import Samples
+from flwr_moe.strategies.emo.orders import Overlay
+from flwr_moe.strategies.emo.strategy import EMO
+from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid
 from tests.strategies.devices import TinyTask
 

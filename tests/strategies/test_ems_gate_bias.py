@@ -9,9 +9,9 @@ import torch
 from flwr_moe.experts import ExpertLayout, GateStatistics
 from flwr_moe.experts.affinity import AffinitySum
 from flwr_moe.experts.families import Family, normalised_sigmoid, renumber
-from flwr_moe.strategies.ems_cluster import Cluster
-from flwr_moe.strategies.ems_gate import GateFitter, constant_of_features
-from flwr_moe.strategies.ems_plan import ClusterReport, fit_gate_rows
+from flwr_moe.strategies.ems_fl.cluster import Cluster
+from flwr_moe.strategies.ems_fl.gate import GateFitter, constant_of_features
+from flwr_moe.strategies.ems_fl.plan import ClusterReport, fit_gate_rows
 from tests.experts.models import WIDTH, ListBlock, build
 
 RIDGE = 1e-3

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flwr_moe.experts import AffinitySum, ExpertLayout, GateStatistics
-from flwr_moe.strategies.ems_plan import (
+from flwr_moe.strategies.ems_fl.plan import (
     NOBODYS_BIAS,
     ClusterReport,
     assigned_affinity,

@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord
 
 from flwr_moe.network import FixedLinks, MeteredGrid
 from flwr_moe.strategies import events as events_module
-from flwr_moe.strategies.ems_cluster import MOST_FAILURES
+from flwr_moe.strategies.ems_fl.cluster import MOST_FAILURES
 from tests.network.apps import LossyLinks
 from tests.strategies.devices import (
     PREFER_OWN,

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord
 
-from flwr_moe.app.engine import simulate
 from flwr_moe.client_apps import build_client_app
+from flwr_moe.engines.flower import simulate
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.network import FixedLinks, SimulatedGrid
 from flwr_moe.strategies import EMSFL

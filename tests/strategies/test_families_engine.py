@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 pytest.importorskip("transformers")
 
-from flwr_moe.app.engine import simulate
+from flwr_moe.engines.flower import simulate
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.network.wrapped import WrappedGrid

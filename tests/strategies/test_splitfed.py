@@ -13,7 +13,7 @@ from flwr_moe.network import FixedLinks, MeteredGrid, count_bytes
 from flwr_moe.split.codecs import cut_codecs
 from flwr_moe.split.wire import wire_bytes
 from flwr_moe.strategies import SplitFed
-from flwr_moe.tasks import Samples
+from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid
 from tests.strategies.split_clients import (
     CONFIG,

@@ -8,7 +8,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord
 
 from flwr_moe.network import HorizonReached, MeteredGrid
-from flwr_moe.strategies.splitfed import SplitFed
+from flwr_moe.strategies.split.splitfed import SplitFed
 from tests.local_grid import LocalGrid
 from tests.strategies.split_clients import CONFIG, build_model, serving, split_app
 

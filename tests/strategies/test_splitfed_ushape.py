@@ -9,7 +9,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch.nn import functional
 
-from flwr_moe.app.engine import simulate
+from flwr_moe.engines.flower import simulate
 from flwr_moe.network import FixedLinks, MeteredGrid, SimulatedGrid, count_bytes
 from flwr_moe.split import cut_codecs, wire_bytes
 from flwr_moe.split.session import SplitSession

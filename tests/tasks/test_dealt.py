@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from flwr_moe.tasks import Samples
 from flwr_moe.tasks.dealt import Dealt, DealtByClass
+from flwr_moe.training import Samples
 
 LABELS = {"train": np.arange(60) % 3, "test": np.arange(30) % 3}
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from flwr_moe.tasks import Digits, Samples, accuracy_and_loss, predict, train_steps
+from flwr_moe.tasks import Digits
 from flwr_moe.tasks import digits as digits_module
 from flwr_moe.tasks.digits import MOUNTINGS
+from flwr_moe.training import Samples, accuracy_and_loss, predict, train_steps
 
 NUM_IMAGES, NUM_TRAIN, NUM_PUBLIC, NUM_TEST = 1797, 1257, 180, 360
 # What undoes each mounting.

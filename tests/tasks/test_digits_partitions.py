@@ -8,7 +8,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from flwr_moe.tasks import Digits, Samples
+from flwr_moe.tasks import Digits
+from flwr_moe.training import Samples
 
 NUM_IMAGES, NUM_PUBLIC = 1797, 180
 OTHERS = ["iid", "dirichlet", "conflict"]

@@ -9,9 +9,9 @@ from torch.nn import functional
 pytest.importorskip("transformers")
 
 from flwr_moe.experts import ExpertLayout
-from flwr_moe.tasks import Samples, accuracy_and_loss, predict, train_steps
 from flwr_moe.tasks.lm import TextFile
-from flwr_moe.tasks.training import MOST_NUMBERS, batch_size_for
+from flwr_moe.training import Samples, accuracy_and_loss, predict, train_steps
+from flwr_moe.training.loop import MOST_NUMBERS, batch_size_for
 
 LENGTH, WINDOWS = 6, 400
 

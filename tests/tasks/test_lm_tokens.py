@@ -17,10 +17,10 @@ import transformers
 
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.report.pretrained import save_pretrained_model
-from flwr_moe.tasks import Samples, accuracy_and_loss, predict, train_steps
 from flwr_moe.tasks.lm_pretrained import pretrained
 from flwr_moe.tasks.lm_tokens import TokenFile
 from flwr_moe.tasks.text_lora import LoraPlan
+from flwr_moe.training import Samples, accuracy_and_loss, predict, train_steps
 from tests.tasks.tiny_lm import POSITIONS, VOCABULARY, write_book, write_language_model
 
 LENGTH, WINDOWS = 6, 200

@@ -10,9 +10,9 @@ from torch.nn import functional
 pytest.importorskip("transformers")
 
 from flwr_moe.experts import ExpertLayout
-from flwr_moe.tasks import Samples, train_steps
 from flwr_moe.tasks.models import MoEClassifier
-from flwr_moe.tasks.precision import as_sent, prepare
+from flwr_moe.training import Samples, train_steps
+from flwr_moe.training.precision import as_sent, prepare
 from tests.experts.test_families import GROUPED, every
 from tests.strategies.families import Tokens
 
@@ -100,7 +100,7 @@ def test_tied_and_frozen_parameters_stay_so():
 
 def test_of_a_lora_mixture_the_base_is_halved():
     peft = pytest.importorskip("peft")
-    from flwr_moe.experts.lora import add_lora_experts
+    from flwr_moe.lora.build import add_lora_experts
 
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 3))

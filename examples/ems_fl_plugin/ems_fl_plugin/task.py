@@ -5,7 +5,7 @@ from sklearn.datasets import load_wine
 from torch import nn
 
 from flwr_moe.experts import ExpertLayout, SparseMoE
-from flwr_moe.tasks import Samples
+from flwr_moe.training import Samples
 
 NUM_EXPERTS, NUM_CLUSTERS = 6, 2
 

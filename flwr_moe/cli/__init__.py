@@ -1,0 +1,1 @@
+"""The ``flwr-moe`` command, one file a command."""

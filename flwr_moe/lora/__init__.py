@@ -1,0 +1,1 @@
+"""LoRA experts: small adapters on frozen layers, with PEFT's conventions."""

@@ -1,0 +1,64 @@
+"""FedAsync: each update is mixed in as it comes, the older the less."""
+
+from __future__ import annotations
+
+from logging import INFO
+from typing import Any
+
+from flwr.app import RecordDict
+
+from flwr_moe.network.flower_adapter import log
+from flwr_moe.strategies.asynchronous.base import AsyncStrategy
+from flwr_moe.strategies.averaging import Arrays, mix, staleness_weight, to_arrays
+
+
+class FedAsync(AsyncStrategy):
+    """Asynchronous federated optimisation (Xie, Koyejo, Gupta 2019, algorithm 1).
+
+    ``x <- (1 - a) x + a x_new`` with ``a = alpha * s(staleness)``; alpha itself never decays.
+
+    Parameters
+    ----------
+    alpha : float
+        Mixing weight of a fresh update, above 0 and up to 1.
+    staleness : str
+        ``"constant"``, ``"polynomial"`` or ``"hinge"``; see
+        :func:`~flwr_moe.strategies.averaging.staleness_weight`.
+    staleness_exponent : float
+        Exponent of the polynomial.
+    hinge_slope, hinge_grace : float
+        Slope and grace period of the hinge.
+    **kwargs
+        As for :class:`~flwr_moe.strategies.asynchronous.base.AsyncStrategy`.
+
+    Raises
+    ------
+    ValueError
+        If alpha is out of range or the staleness function unknown.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.6,
+        staleness: str = "polynomial",
+        staleness_exponent: float = 0.5,
+        hinge_slope: float = 10.0,
+        hinge_grace: float = 4.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha is {alpha}, expected above 0 and up to 1")
+        self.alpha = alpha
+        self.staleness = staleness
+        self._weight = staleness_weight(staleness, staleness_exponent, hinge_slope, hinge_grace)
+
+    def summary(self) -> None:
+        """Log the settings."""
+        log(INFO, "\t├──> Asynchronous: alpha %.2f, staleness %s", self.alpha, self.staleness)
+        super().summary()
+
+    def absorb(self, arrays: Arrays, sent: Arrays, update: RecordDict, age: int) -> Arrays | None:
+        """Mix the node's model into the global one."""
+        record = next(iter(update.array_records.values()))
+        return mix(arrays, to_arrays(record), self.alpha * self._weight(age))

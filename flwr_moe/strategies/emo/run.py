@@ -1,0 +1,305 @@
+"""One run of EMO: who sends activations to which overlay, and what overlays do with them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from logging import INFO, WARNING
+from typing import TYPE_CHECKING
+
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from torch import Tensor
+
+from flwr_moe.client_apps.emo import OVERLAY_TYPE
+from flwr_moe.network import MESSAGE_TTL_S, HorizonReached, NodeProfile
+from flwr_moe.network.flower_adapter import log
+from flwr_moe.network.traffic import ACTIVATION_BYTES
+from flwr_moe.overlay.controller import Decision, History
+from flwr_moe.overlay.training import average
+from flwr_moe.strategies.emo.devices import devices_of
+from flwr_moe.strategies.emo.orders import (
+    MOST_FAILURES,
+    Overlay,
+    Sent,
+    activation_order,
+    training_order,
+)
+from flwr_moe.strategies.events import EventLoop
+
+if TYPE_CHECKING:
+    from flwr_moe.strategies.emo.strategy import EMO
+
+OVERLAY = "overlay"
+TRAINED_TAIL = "trained-tail"
+
+
+class EMORun:
+    """Everything that goes beside the base strategy in one run; an `Aside` of its Grid.
+
+    Parameters
+    ----------
+    emo : EMO
+        The settings.
+    loop : EventLoop
+        Sends and receives, on the Grid of all nodes.
+
+    Attributes
+    ----------
+    scores, refreshed : list
+        The small model's history, and where activations were asked for.
+    decisions : list of Decision
+        What the controller said after each round.
+    version : int
+        Refreshes so far.
+    activation_bytes : int
+        Bytes of activations that devices have sent.
+    tail : mapping
+        The tail as last averaged.
+    counts : Counter
+        ``refused`` and ``damaged`` blocks, ``overlay-failed`` orders, ``device-failed`` refreshes.
+    """
+
+    def __init__(self, emo: EMO, loop: EventLoop) -> None:
+        self.emo, self.loop = emo, loop
+        self.overlays: dict[int, Overlay] = {}
+        self.scores: list[float] = []
+        self.refreshed: list[int] = []
+        self.decisions: list[Decision] = []
+        self.version = 0
+        self.activation_bytes = 0
+        self.arrays = ArrayRecord()
+        self.tail: Mapping[str, Tensor] = emo.tail.state_dict()
+        self.counts: Counter[str] = Counter()
+        self.history: list[dict[str, float]] = []
+        self._costs: dict[int, int] = {}
+        self._outbox: list[tuple[Message, Sent]] = []
+        self._open: dict[str, Sent] = {}
+        self._last_version: int | None = None
+        self._warned = False
+        self.on_tail: Callable[[], None] = lambda: None
+
+    # --- Aside -----------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Send what waits, and give idle overlays work."""
+        try:
+            self._order_overlays()
+            outbox, self._outbox = self._outbox, []
+            ids = self.loop.send([message for message, _ in outbox])
+            for message_id, (_, sent) in zip(ids, outbox, strict=True):
+                if message_id:
+                    self._open[message_id] = sent
+                else:
+                    self._failed(sent)
+        except HorizonReached:
+            # The base strategy will hear of it by itself.
+            self._outbox = []
+
+    def open_ids(self) -> list[str]:
+        """Messages that have not been answered."""
+        return list(self._open)
+
+    def take(self, replies: list[Message]) -> None:
+        """Take in replies, and send what follows from them."""
+        for reply in replies:
+            sent = self._open.pop(reply.metadata.reply_to_message_id)
+            content = self.loop.content_of(reply)
+            self.counts["answered"] += content is not None
+            metrics = next(iter(content.metric_records.values()), None) if content else None
+            if content is None or metrics is None:
+                self._failed(sent)
+            elif sent.device is not None:
+                told = metrics.get(ACTIVATION_BYTES, 0)
+                self._costs[sent.device] = int(told) if isinstance(told, int | float) else 0
+                self.activation_bytes += self._costs[sent.device]
+                self.overlays[sent.overlay].stored[sent.device] = sent.version
+                self.overlays[sent.overlay].unsent = 0
+            else:
+                self._take_training(self.overlays[sent.overlay], sent, content, metrics)
+        if replies:
+            self._average()
+            self.flush()
+
+    # --- the small model -------------------------------------------------------
+
+    def saw(self, arrays: ArrayRecord, score: float) -> None:
+        """Note the small model after a round, and ask for activations if the controller says so."""
+        self.arrays = arrays
+        self.scores.append(score)
+        if len(self.scores) == 1:
+            return
+        decision = self.emo.controller(self._history())
+        self.decisions.append(decision)
+        if decision.refresh:
+            self._refresh()
+        if decision.stopped and self._last_version is None:
+            log(
+                INFO,
+                "EMO: no more refreshes after round %d: %s",
+                len(self.scores) - 1,
+                decision.reason,
+            )
+            self._last_version = self.version
+
+    def finish(self) -> None:
+        """After the last round: a last refresh if there may be one, and the rest of the work."""
+        try:
+            if self._last_version is None:
+                history = self._history()
+                budget = getattr(self.emo.controller, "budget_bytes", 0)
+                fits = not budget or history.spent_bytes + history.next_bytes <= budget
+                fresh = bool(self.refreshed) and self.refreshed[-1] == len(self.scores) - 1
+                if fits and not fresh and self.scores:
+                    self._refresh()
+                self._last_version = self.version
+            self.flush()
+            while self._open:
+                replies = self.loop.next_replies(self.open_ids(), self._patience_ends())
+                if not replies and self._patience_ends() == math.inf:
+                    self._give_up()
+                self.take(replies)
+                if not replies:
+                    self._average()
+                    self.flush()
+        except HorizonReached:
+            log(INFO, "EMO: the time is over, tails are as last reported")
+
+    # --- inside ----------------------------------------------------------------
+
+    def _history(self) -> History:
+        under_way = [*self._open.values(), *(sent for _, sent in self._outbox)]
+        spent = self.activation_bytes + sum(sent.cost_bytes for sent in under_way)
+        devices = devices_of(self.loop.grid.profiles()).values()
+        return History(self.scores, self.refreshed, spent, sum(map(self._cost_of, devices)))
+
+    def _cost_of(self, device: NodeProfile) -> int:
+        """Bytes of a device's activations: as last time, else as it has examples."""
+        expected = device.num_examples * self.emo.sample_bytes
+        return self._costs.get(device.partition_id, expected)
+
+    def _find_overlays(self) -> list[int]:
+        """Overlays in reach, by partition id."""
+        for node in self.loop.grid.profiles().values():
+            if node.role == OVERLAY and node.partition_id not in self.overlays:
+                self.overlays[node.partition_id] = Overlay(node, self.tail)
+        found = sorted(p for p, overlay in self.overlays.items() if overlay.in_reach)
+        if not found and not self._warned:
+            self._warned = True
+            log(WARNING, "EMO: no overlay in reach, the small model answers alone")
+        return found
+
+    def _refresh(self) -> None:
+        """Ask every device for activations of the model as it is now."""
+        homes = self._find_overlays()
+        if not homes:
+            return
+        self.version += 1
+        self.refreshed.append(len(self.scores) - 1)
+        state = self.arrays.to_torch_state_dict()
+        front = ArrayRecord({key: state[key] for key in self.emo.front.state_dict()})
+        at_work = {s.device for s in self._open.values() if s.device is not None}
+        for rank, node in enumerate(devices_of(self.loop.grid.profiles()).values()):
+            home = homes[rank % len(homes)]
+            if self.version == 1:
+                self.overlays[home].asked += 1
+            if node.partition_id in at_work:
+                self.counts["device-busy"] += 1
+                continue
+            overlay = self.overlays[home]
+            content = activation_order(self.emo, overlay, node, self.version, front)
+            cost = self._cost_of(node)
+            sent = Sent(home, node.partition_id, self.version, self.loop.now, cost)
+            self._queue(node.node_id, MessageType.TRAIN, content, sent)
+
+    def _order_overlays(self) -> None:
+        ready = {home: overlay for home, overlay in self.overlays.items() if overlay.ready}
+        if not ready:
+            return
+        devices = [n.partition_id for n in devices_of(self.loop.grid.profiles()).values()]
+        for home, overlay in ready.items():
+            steps = min(self.emo.local_steps, self._allowed_steps() - overlay.steps)
+            if steps < 1:
+                continue
+            overlay.busy = True
+            content = training_order(self.emo, overlay, devices, self.version, steps)
+            sent = Sent(home, None, self.version, self.loop.now)
+            self._queue(overlay.node.node_id, OVERLAY_TYPE, content, sent)
+
+    def _allowed_steps(self) -> int:
+        """Count the steps an overlay may have made: some are kept for after the last refresh."""
+        total = self.emo.recipe.total_steps
+        waiting = any(s.device is not None for s in self._open.values())
+        queued = any(s.device is not None for _, s in self._outbox)
+        if self._last_version is not None and not waiting and not queued:
+            return total
+        return int(total * self.emo.share_before_last)
+
+    def _queue(self, node_id: int, message_type: str, content: RecordDict, sent: Sent) -> None:
+        message = Message(content, node_id, message_type, ttl=MESSAGE_TTL_S)
+        self._outbox.append((message, sent))
+
+    def _take_training(
+        self, overlay: Overlay, sent: Sent, content: RecordDict, metrics: MetricRecord
+    ) -> None:
+        overlay.busy, overlay.failures, overlay.next_tail = False, 0, None
+        overlay.orders += 1
+        told = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+        overlay.steps += int(told.get("steps", 0))
+        overlay.weight = told.get("num-examples", 0.0)
+        self.counts["refused"] += int(told.get("refused", 0))
+        self.counts["damaged"] = max(self.counts["damaged"], int(told.get("damaged", 0)))
+        overlay.took_s = self.loop.now - sent.at_s
+        self.history.append({"time-s": self.loop.now, "overlay": sent.overlay, **told})
+        if TRAINED_TAIL in content.array_records:
+            tail = content.array_records[TRAINED_TAIL].to_torch_state_dict()
+            own = self.emo.tail.state_dict()
+            if {k: t.shape for k, t in tail.items()} != {k: t.shape for k, t in own.items()}:
+                log(WARNING, "overlay %d reported another tail than asked for", sent.overlay)
+                overlay.failures = MOST_FAILURES
+                self.counts["overlay-failed"] += 1
+                return
+            overlay.tail, overlay.since_s = tail, self.loop.now
+
+    def _average(self) -> None:
+        """Average the tails of overlays that have reported, when nobody is to be waited for."""
+        reported = [o for o in self.overlays.values() if o.tail is not None]
+        if not reported:
+            return
+        if self._awaited() and self.loop.now < self._patience_ends():
+            return
+        tails = [overlay.tail for overlay in reported if overlay.tail is not None]
+        self.tail = average(tails, [max(overlay.weight, 1.0) for overlay in reported])
+        for overlay in reported:
+            overlay.tail = None
+            overlay.next_tail = self.tail if len(reported) > 1 else None
+        self.on_tail()
+
+    def _awaited(self) -> bool:
+        return any(overlay.busy for overlay in self.overlays.values() if overlay.tail is None)
+
+    def _patience_ends(self) -> float:
+        """When overlays that have reported wait no longer for the others."""
+        waits = [o.since_s + o.took_s for o in self.overlays.values() if o.tail is not None]
+        return min(waits, default=math.inf) if self._awaited() else math.inf
+
+    def _failed(self, sent: Sent) -> None:
+        overlay = self.overlays[sent.overlay]
+        was_in_reach = overlay.in_reach
+        if sent.device is not None:
+            self.counts["device-failed"] += 1
+            overlay.unsent += 1
+        else:
+            self.counts["overlay-failed"] += 1
+            overlay.busy = False
+            overlay.failures += 1
+        if was_in_reach and not overlay.in_reach:
+            log(WARNING, "EMO: overlay %d failed too often and is left out", sent.overlay)
+
+    def _give_up(self) -> None:
+        """Nothing under way will ever be answered."""
+        lost, self._open = list(self._open.values()), {}
+        for sent in lost:
+            self._failed(sent)
+            if sent.device is None:
+                self.overlays[sent.overlay].failures = MOST_FAILURES

@@ -1,0 +1,247 @@
+"""EMS-FL: each cluster owns the experts that fit its data and is never waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from logging import INFO, WARNING
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from flwr_moe.experts import ExpertLayout, RandomFeatures, Router
+from flwr_moe.network.flower_adapter import log
+from flwr_moe.strategies.averaging import staleness_weight, to_arrays, to_record
+from flwr_moe.strategies.ems_fl.cluster import Cluster, gather_clusters
+from flwr_moe.strategies.ems_fl.run import EMSRun, EvaluateFn, Schedule
+from flwr_moe.strategies.events import EventLoop
+
+GATES = ("plain", "linear", "random-features")
+
+
+class EMSFL(Strategy):
+    """Expert-driven federated learning over links that come and go.
+
+    Known from the paper's abstract: each device cluster gets only the experts highly correlated
+    with its data, assignments do not overlap, clusters train on their own and upload only while
+    connected, the satellite aggregates. How affinity is measured, how the gate is fitted, the
+    exact assignment and the mixture of answers are ours.
+
+    Parameters
+    ----------
+    layout : ExpertLayout
+        Layout of the model.
+    gate : str
+        ``"plain"`` (as it starts), ``"linear"`` (rows fitted on the gate's input) or
+        ``"random-features"`` (a router over random Fourier features of the input).
+    assignment : str
+        ``"exact"``, ``"greedy"`` or ``"random"``.
+    min_experts, max_experts : int
+        Experts per cluster and layer; ``max_experts=0`` is an even share, rounded up, and what
+        clusters that are left out should have taken goes to the others.
+    train_shared : bool
+        Train the shared layers too and mix them as FedAsync does; they are frozen by default.
+    alpha, staleness : float, str
+        Mixing weight and staleness function for the shared layers.
+    num_inputs, num_features, gamma : int, int, float
+        Size of an input, number of random features and kernel width.
+    ridge : float
+        Regularisation of the fitted gate, relative to the mean variance.
+    wait_for_all : bool
+        Assign experts only when every cluster has reported; otherwise each cluster gets its
+        experts at its first contact.
+    straggler_s : float
+        How long a cluster's round waits for its other devices after the first reply.
+    report_patience_s : float
+        When the gate is fitted at the latest, without the clusters not heard of by then.
+    min_available_nodes, weighted_by_key, configrecord_key
+        As in Flower's FedAvg; experts travel under the key ``"experts"``, shared tensors under
+        ``"shared"`` (trained ones come back under ``"trained-shared"``).
+    seed : int
+        For random features and random assignment.
+
+    Attributes
+    ----------
+    clusters : list of Cluster
+        After :meth:`start`: who owns what, and when it uploaded.
+    router : Router or None
+        The fitted router, None with the plain or linear gate.
+
+    Raises
+    ------
+    ValueError
+        If a choice is unknown or a number out of range.
+    """
+
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        gate: str = "random-features",
+        assignment: str = "exact",
+        min_experts: int = 1,
+        max_experts: int = 0,
+        train_shared: bool = False,
+        alpha: float = 0.6,
+        staleness: str = "polynomial",
+        num_inputs: int = 0,
+        num_features: int = 512,
+        gamma: float = 0.02,
+        ridge: float = 0.01,
+        wait_for_all: bool = False,
+        straggler_s: float = 3600.0,
+        report_patience_s: float = 43200.0,
+        min_available_nodes: int = 2,
+        weighted_by_key: str = "num-examples",
+        configrecord_key: str = "config",
+        seed: int = 0,
+    ) -> None:
+        if gate not in GATES:
+            raise ValueError(f"gate is {gate!r}, expected one of {', '.join(GATES)}")
+        if gate == "random-features" and num_inputs < 1:
+            raise ValueError(f"num_inputs is {num_inputs}, expected the size of an input")
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha is {alpha}, expected above 0 and up to 1")
+        if min_experts < 1:
+            raise ValueError(f"min_experts is {min_experts}, expected at least 1")
+        staleness_weight(staleness)  # raises if there is no such function
+        self.layout = layout
+        self.gate = gate
+        self.assignment = assignment
+        self.min_experts = min_experts
+        self.max_experts = max_experts
+        self.train_shared = train_shared
+        self.alpha = alpha
+        self.staleness = staleness
+        self.ridge = ridge
+        self.wait_for_all = wait_for_all
+        self.straggler_s = straggler_s
+        self.report_patience_s = report_patience_s
+        self.min_available_nodes = min_available_nodes
+        self.weighted_by_key = weighted_by_key
+        self.configrecord_key = configrecord_key
+        self.seed = seed
+        self.features = (
+            RandomFeatures(seed, num_inputs, num_features, gamma)
+            if gate == "random-features"
+            else None
+        )
+        self.events: dict[str, int] = {}
+        self._run: EMSRun | None = None
+
+    @property
+    def clusters(self) -> list[Cluster]:
+        """Who owns what, and when it uploaded; empty before :meth:`start`."""
+        return self._run.clusters if self._run else []
+
+    @property
+    def version(self) -> int:
+        """Uploads put in place in the present or last run."""
+        return self._run.version if self._run else 0
+
+    @property
+    def router(self) -> Router | None:
+        """The fitted router; None before, and with the plain or linear gate."""
+        return self._run.fitter.router if self._run else None
+
+    @property
+    def routed_clusters(self) -> list[Cluster]:
+        """Clusters the fitted gate knows, in its order; empty before it is fitted."""
+        if self._run is None or self.gate != "plain":
+            return self._run.fitter.fitted_on if self._run else []
+        return [cluster for cluster in self.clusters if cluster.experts]
+
+    # --- Strategy's hooks ------------------------------------------------------
+
+    def summary(self) -> None:
+        """Log the settings."""
+        log(INFO, "\t├──> Gate: %s | assignment: %s", self.gate, self.assignment)
+        log(INFO, "\t├──> Experts per layer: %s", list(self.layout.layers))
+        log(INFO, "\t└──> Shared layers: %s", "trained" if self.train_shared else "frozen")
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages that send every cluster that owns experts to work on them.
+
+        For whoever runs the rounds himself after a :meth:`start`, which asks who owns what.
+        """
+        if self._run is None:
+            return []
+        self._run.state, version = to_arrays(arrays), self._run.version
+        messages = []
+        for cluster in self.clusters:
+            if cluster.experts:
+                cluster.begin((), version)
+                messages += self._run.orders.for_cluster(cluster, self._run.state, version, config)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Put the experts of the replying clusters in their places."""
+        homes = {node.node_id: cluster for cluster in self.clusters for node in cluster.nodes}
+        metrics = None
+        for reply in replies:
+            cluster = homes.get(reply.metadata.src_node_id)
+            if self._run is None or cluster is None or reply.has_error():
+                continue
+            reason = self._run.orders.check_for(cluster)(reply.content)
+            if reason is None:
+                cluster.take(reply, reply.content, 0.0)
+            else:
+                log(WARNING, "node %d: rejected: %s", reply.metadata.src_node_id, reason)
+        for cluster in self.clusters:
+            if self._run is not None and cluster.replies:
+                metrics = cluster.metrics(self.weighted_by_key)
+                self._run.put_in_place(cluster)
+        if self._run is None or metrics is None:
+            return None, None
+        return to_record(self._run.state), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """No messages: no device holds the assembled model, the server evaluates it."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Nothing to aggregate, see :meth:`configure_evaluate`."""
+        return None
+
+    # --- the run ---------------------------------------------------------------
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """Run until every cluster has uploaded ``num_rounds`` times, or the time is over.
+
+        Parameters and result are those of Flower's ``Strategy.start``. ``timeout`` is how long
+        a real Grid may stay silent before what is missing counts as lost. ``evaluate_fn`` is
+        called with the assembled model whenever a cluster's experts are put in place, with the
+        number of such updates for a round.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer experts than clusters or bounds no assignment can meet.
+        """
+        loop = EventLoop(grid, timeout)
+        log(INFO, "Starting %s strategy:", type(self).__name__)
+        self.summary()
+        profiles = loop.wait_for_nodes(self.min_available_nodes)
+        clusters = gather_clusters(profiles.values())
+        run = self._run = EMSRun(self, to_arrays(initial_arrays), clusters)
+        result = Result(arrays=initial_arrays)
+        run.go(Schedule(loop, num_rounds, train_config or ConfigRecord(), evaluate_fn, result))
+        self.events = dict(loop.events)
+        result.arrays = to_record(run.state)
+        return result
