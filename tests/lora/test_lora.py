@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from flwr_moe.experts import ExpertLayout, gate_inputs, restricted_gate
-from flwr_moe.experts import lora_sites as lora_sites_module
 from flwr_moe.lora import layer as lora_layer_module
+from flwr_moe.lora import sites as lora_sites_module
 from flwr_moe.lora.build import (
     FINGERPRINT,
     LoRAExpertsLinear,
