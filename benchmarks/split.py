@@ -38,14 +38,13 @@ from torch.nn import functional
 from flwr_moe.client_apps.split.link import CutLink
 from flwr_moe.engines.flower import simulate
 from flwr_moe.exchange import ExchangeClient, ExchangeServer, TensorStore
-from flwr_moe.split.codecs import CodecKey, cut_codecs
+from flwr_moe.split.codecs import CodecKey, cut_codecs, shape_text
 from flwr_moe.split.cut import split_model
 from flwr_moe.split.protocol import HANDLER, agreement
-from flwr_moe.split.prune import shrink
-from flwr_moe.split.prune_choice import choose_kept, find_groups
+from flwr_moe.split.prune import choose_kept, shrink
+from flwr_moe.split.prune_groups import find_groups
 from flwr_moe.split.session import SplitSession
 from flwr_moe.split.step import adam, quick_layout
-from flwr_moe.split.wire import shape_text
 from flwr_moe.tasks.vgg import VGG
 
 BAR, CLIENT_BAR = 1.25, 0.7

@@ -12,11 +12,25 @@ from flwr_moe.split.codecs import (
     wire_bytes,
 )
 from flwr_moe.split.costs import CutCost, cut_table
-from flwr_moe.split.cut import Split, materialise, possible_cuts, split_model
-from flwr_moe.split.prune import Kept, expand, put_back, shrink, take
-from flwr_moe.split.prune_choice import choose_kept, find_groups
-from flwr_moe.split.prune_schedule import PruneSchedule, magnitude_mask
-from flwr_moe.split.ushape import UShape, split_in_three
+from flwr_moe.split.cut import (
+    Split,
+    UShape,
+    materialise,
+    possible_cuts,
+    split_in_three,
+    split_model,
+)
+from flwr_moe.split.prune import (
+    Kept,
+    PruneSchedule,
+    choose_kept,
+    expand,
+    magnitude_mask,
+    put_back,
+    shrink,
+    take,
+)
+from flwr_moe.split.prune_groups import find_groups
 
 __all__ = [
     "Chain",

@@ -1,4 +1,4 @@
-"""Codecs at the cut: what a tensor looks like on the wire, there and back.
+"""How a tensor looks on the wire at the cut: dropout with a common mask, quantisation, and back.
 
 A codec turns a floating-point tensor into wire tensors and text metadata, both fit for
 safetensors. `Chain` applies several in order and undoes them in reverse. Masks never travel: both
@@ -7,15 +7,18 @@ sides draw them from the same `CodecKey`. Everything is encoded and decoded on t
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from flwr_moe.split.dropout import RandomDropout
 from flwr_moe.split.quantise import (
     SCALE_DIM,
     Quantised,
@@ -23,6 +26,7 @@ from flwr_moe.split.quantise import (
     check_bits,
     code_type,
     dequantise,
+    draw,
     num_levels,
     num_scales,
     pack,
@@ -30,35 +34,248 @@ from flwr_moe.split.quantise import (
     quantise,
     unpack,
 )
-from flwr_moe.split.wire import (
-    DTYPES,
-    VALUES,
-    Codec,
-    CodecKey,
-    Encoded,
-    Passthrough,
-    Role,
-    WirePlan,
-    checked,
-    read_shape,
-    shape_text,
-    wire_bytes,
-    wire_tensor,
-)
 
-__all__ = [
-    "Chain",
-    "Codec",
-    "CodecKey",
-    "Encoded",
-    "Passthrough",
-    "Quantise",
-    "RandomDropout",
-    "Role",
-    "WirePlan",
-    "cut_codecs",
-    "wire_bytes",
-]
+Role = Literal["activation", "gradient"]
+Place = Literal["cut", "top"]
+
+VALUES = "values"
+"""Name of the wire tensor that the next codec of a chain works on."""
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+
+
+@dataclass(frozen=True)
+class CodecKey:
+    """What both sides know of one batch; seeds everything random about it.
+
+    Attributes
+    ----------
+    seed : int
+        Seed of the run.
+    round, batch, partition : int
+        Which batch of which client.
+    role : {"activation", "gradient"}
+        What the tensor is.
+    place : {"cut", "top"}
+        Which cut it crosses; a model in a U-shape has a second one near its end, whose masks and
+        roundings are others.
+    """
+
+    seed: int
+    round: int
+    batch: int
+    partition: int
+    role: Role
+    place: Place = "cut"
+
+    def seed_of(self, purpose: str) -> int:
+        """Seed for what is random for `purpose`, the same on every machine."""
+        text = f"{purpose}/{self.seed}/{self.round}/{self.batch}/{self.partition}"
+        if self.place != "cut":
+            text += f"/{self.place}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Make a CPU generator for `purpose`, the same on every machine."""
+        return torch.Generator().manual_seed(self.seed_of(purpose))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tensor on the wire: named tensors and text metadata, as safetensors has them."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, without names and metadata."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+class WirePlan(NamedTuple):
+    """What a codec makes of a tensor: shape and dtype of its values, bytes of all else."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    side_bytes: int = 0
+
+
+class Codec(Protocol):
+    """There and back over the wire. Bad input and broken wire data raise ValueError."""
+
+    def encode(self, x: Tensor, key: CodecKey) -> Encoded:
+        """Turn `x` into wire tensors, one of them called ``values``."""
+        ...
+
+    def decode(self, encoded: Encoded, key: CodecKey) -> Tensor:
+        """Turn wire tensors back into a tensor of the shape and dtype that was encoded."""
+        ...
+
+    def plan(self, shape: Sequence[int], dtype: torch.dtype) -> WirePlan:
+        """Foretell the wire for a tensor of `shape` and `dtype`."""
+        ...
+
+
+def wire_bytes(codec: Codec, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+    """Bytes that `codec` sends for a tensor of `shape`: ``encode(…).num_bytes``, foretold."""
+    plan = codec.plan(shape, dtype)
+    return math.prod(plan.shape) * plan.dtype.itemsize + plan.side_bytes
+
+
+@dataclass(frozen=True)
+class Passthrough:
+    """Sends the tensor as it is."""
+
+    def encode(self, x: Tensor, key: CodecKey) -> Encoded:
+        """Send `x` whole. ValueError if it is not finite or not floating point."""
+        return Encoded({VALUES: checked(x).contiguous()})
+
+    def decode(self, encoded: Encoded, key: CodecKey) -> Tensor:
+        """Return what was sent."""
+        return wire_tensor(encoded, VALUES)
+
+    def plan(self, shape: Sequence[int], dtype: torch.dtype) -> WirePlan:
+        """Foretell the tensor itself."""
+        return WirePlan(tuple(shape), dtype)
+
+
+def checked(x: Tensor) -> Tensor:
+    """Return `x` on the CPU, outside the graph; ValueError unless it is floating and finite."""
+    if x.dtype not in DTYPES.values():
+        raise ValueError(f"the tensor is {x.dtype}, expected one of {tuple(DTYPES)}")
+    # A sum is much faster to look at, and may only be too strict: finite values can overflow it.
+    if not torch.isfinite(x.detach().sum()) and not torch.isfinite(x).all():
+        raise ValueError("the tensor has values that are not finite, expected none")
+    return x.detach().cpu()
+
+
+def wire_tensor(encoded: Encoded, name: str) -> Tensor:
+    """Return the wire tensor `name`; ValueError if it has not come."""
+    if name not in encoded.tensors:
+        raise ValueError(
+            f"wire tensor {name!r} is missing, expected it among {set(encoded.tensors)}"
+        )
+    return encoded.tensors[name]
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Write a shape as metadata."""
+    return ",".join(str(size) for size in shape)
+
+
+def read_shape(encoded: Encoded) -> tuple[int, ...]:
+    """Read the shape from metadata; ValueError if it is none."""
+    text = encoded.metadata.get("shape")
+    parts = text.split(",") if text else []
+    if text is None or not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError(f"metadata shape is {text!r}, expected whole numbers and commas")
+    return tuple(int(part) for part in parts)
+
+
+@dataclass(frozen=True)
+class RandomDropout:
+    """Sends a fixed number of randomly chosen values of each sample; the rest become zero.
+
+    Of the n values of a sample k = round(n (1 - p)), at least one, are kept and multiplied by n/k,
+    which is 1/(1 - p) wherever that is a whole number of values and unbiased everywhere. The mask
+    depends on seed, round, batch and partition, not on the role: with the same codec on activation
+    and gradient, what comes back is exactly the gradient of the masked network.
+
+    Parameters
+    ----------
+    p : float
+        Share of values dropped, at least 0 and below 1.
+
+    Raises
+    ------
+    ValueError
+        If `p` is outside [0, 1).
+
+    Notes
+    -----
+    Source: activation dropout at the cut is Lightweight FedSL's; fixed counts and masks rebuilt
+    from a seed are ours. Values are dropped one by one: blocks would be drawn faster but vary
+    together, which makes sums over them vary more.
+    """
+
+    p: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p < 1:
+            raise ValueError(f"p is {self.p}, expected at least 0 and below 1")
+
+    def kept(self, shape: Sequence[int]) -> int:
+        """Values kept of each sample of a tensor of `shape` (samples, ...).
+
+        Raises
+        ------
+        ValueError
+            If there is no dimension besides the samples.
+        """
+        if len(shape) < 2:
+            raise ValueError(
+                f"shape is {tuple(shape)}, expected samples and at least one dimension"
+            )
+        size = math.prod(shape[1:])
+        return min(size, max(1, round(size * (1 - self.p))))
+
+    def mask(self, shape: Sequence[int], key: CodecKey) -> Tensor:
+        """Draw which values of a tensor of `shape` are kept: bool, same shape."""
+        mask = torch.zeros(math.prod(shape), dtype=torch.bool)
+        mask[self._places(shape, key)] = True
+        return mask.reshape(tuple(shape))
+
+    def encode(self, x: Tensor, key: CodecKey) -> Encoded:
+        """Send the kept values of `x` (B, ...) as (B, k), not yet scaled."""
+        x = checked(x)
+        values = x.reshape(-1).index_select(0, self._places(x.shape, key))
+        values = values.reshape(x.shape[0], self.kept(x.shape))
+        return Encoded({VALUES: values}, {"shape": shape_text(x.shape)})
+
+    def decode(self, encoded: Encoded, key: CodecKey) -> Tensor:
+        """Put the kept values, scaled, in their places; zeros elsewhere."""
+        values = wire_tensor(encoded, VALUES)
+        shape = read_shape(encoded)
+        expected = (shape[0], self.kept(shape)) if len(shape) > 1 else None
+        if tuple(values.shape) != expected:
+            raise ValueError(
+                f"values have shape {tuple(values.shape)}, expected {expected} for a tensor of "
+                f"shape {shape} at p {self.p}"
+            )
+        scaled = values / (expected[1] / max(1, math.prod(shape[1:])))
+        whole = values.new_zeros(math.prod(shape))
+        return whole.scatter_(0, self._places(shape, key), scaled.reshape(-1)).reshape(shape)
+
+    def plan(self, shape: Sequence[int], dtype: torch.dtype) -> WirePlan:
+        """Foretell (B, k) values."""
+        return WirePlan((shape[0], self.kept(shape)), dtype)
+
+    def _places(self, shape: Sequence[int], key: CodecKey) -> Tensor:
+        return _draw_places(tuple(shape), self.kept(shape), replace(key, role="activation"))
+
+
+@lru_cache(maxsize=8)  # a batch needs its places twice, for the activation and for the gradient
+def _draw_places(shape: tuple[int, ...], kept: int, key: CodecKey) -> Tensor:
+    """Return the places (B * kept,) of the kept values in the flat tensor, ascending; read only."""
+    size = math.prod(shape[1:])
+    if kept == size:
+        return torch.arange(shape[0] * size)
+    draws = draw(key.seed_of("dropout"), shape[0] * size, np.uint32)
+    return torch.from_numpy(np.flatnonzero(smallest(draws.reshape(shape[0], size), kept)))
+
+
+def smallest(draws: NDArray[np.uint32], kept: int) -> NDArray[np.bool_]:
+    """Mark the `kept` smallest of each row (B, n); of equal ones the first."""
+    largest = np.partition(draws, kept - 1, axis=1)[:, kept - 1 : kept]
+    marked = draws <= largest
+    surplus = np.count_nonzero(marked, axis=1) - kept
+    for row in np.flatnonzero(surplus):
+        marked[row, np.flatnonzero(draws[row] == largest[row])[-surplus[row] :]] = False
+    return marked
 
 
 @dataclass(frozen=True)

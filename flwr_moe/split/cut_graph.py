@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from flwr_moe.split.cut_stages import StagedModels
-from flwr_moe.split.cut_trace import RecordingTracer
+from flwr_moe.split.cut_trace import RecordingTracer, StagedModels
 from flwr_moe.split.meta import ExampleInputs, meta_twin, unused_arguments
 
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flwr_moe.split.prune_groups import PruneGroup
+from flwr_moe.split.prune_groups import Cut, PruneGroup, find_groups
 
 
 @dataclass(frozen=True)
@@ -190,3 +190,258 @@ def _resize(layer: Any) -> None:
         layer.num_features = weight.shape[0]
     elif hasattr(layer, "nf") and hasattr(layer, "nx"):
         layer.nx, layer.nf = weight.shape
+
+
+def silenced(state: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
+    """Set all entries of pruned units to zero.
+
+    The module then answers as the smaller one whose output is filled up with zeros: no unit reads a
+    pruned one, and pruned units of the output give 0.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        Of the dense module; stays as it is.
+    kept : Kept
+        Units that stay.
+
+    Returns
+    -------
+    dict of str to Tensor
+        New tensors where anything was pruned, the same objects elsewhere.
+
+    Notes
+    -----
+    Source: ours. What follows a pruned unit at the output has to keep 0 at 0, as ReLU, GELU and
+    pooling do; behind a sigmoid the two would differ.
+    """
+    new = dict(state)
+    for key, by_dim in kept.positions().items():
+        if key not in new:
+            continue
+        for dim, positions in by_dim.items():
+            stays = new[key].new_zeros(new[key].shape[dim])
+            stays[positions] = 1
+            shape = [-1 if i == dim % new[key].ndim else 1 for i in range(new[key].ndim)]
+            new[key] = new[key] * stays.reshape(shape)
+    return new
+
+
+CHANNEL_BLOCK = 8
+"""Convolutions of so many channels are fast: up to twice as fast as with a few more or less."""
+
+Rate = float | Mapping[str, float]
+"""Share of units pruned: one for all groups together, or by group name (others lose none)."""
+
+
+def choose_kept(
+    module: nn.Module, rate: Rate, *, min_kept: float = 0.5, prune_output: bool = False
+) -> Kept:
+    """Choose the units that stay, those of the largest magnitude.
+
+    A unit's magnitude is the L2 norm of the weights that make it, relative to the root mean square
+    of its group. With one rate, channels, hidden units and heads each have one threshold over all
+    their groups: layers with many weak units lose more, even ones less. No group keeps less than
+    the share `min_kept`, or less than an even spread of the rate would leave it. Groups of at least
+    32 channels keep a multiple of 8 then, so both shares may be off by a few of them.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The dense module.
+    rate : float or mapping
+        Share of units pruned, at least 0 and below 1: of all units of a kind, or by group name.
+    min_kept : float
+        Least share a group keeps, above 0 and up to 1. Of no effect on rates by group.
+    prune_output : bool
+        See `find_groups`.
+
+    Returns
+    -------
+    Kept
+        At least one unit of each group; everything at rate 0.
+
+    Raises
+    ------
+    ValueError
+        If a rate or `min_kept` is out of range, a group is unknown, or there is nothing to prune.
+
+    Notes
+    -----
+    Source: pruning the client half is Lightweight FedSL's; structured units, magnitudes relative
+    to the group and the floor are ours.
+    """
+    rates = rate if isinstance(rate, Mapping) else {"rate": rate}
+    for name, value in rates.items():
+        check_rate(value, name)
+    if not 0 < min_kept <= 1:
+        raise ValueError(f"min_kept is {min_kept}, expected above 0 and up to 1")
+    groups = find_groups(module, prune_output=prune_output)
+    if not groups and any(rates.values()):
+        raise ValueError(
+            f"{type(module).__name__} has nothing to prune, expected convolutions, MLP blocks or "
+            "attention heads whose units stay inside (or rate 0)"
+        )
+    state = module.state_dict()
+    magnitudes = {group.name: _magnitudes(group, state) for group in groups}
+    if isinstance(rate, Mapping):
+        sizes = {group.name: group.num_units for group in groups}
+        unknown = [name for name in rate if name not in sizes]
+        if unknown:
+            raise ValueError(f"group {unknown[0]!r} is unknown, expected one of {tuple(sizes)}")
+        indices = {
+            name: _strongest(magnitudes[name], sizes[name] - _share(sizes[name], value))
+            for name, value in rate.items()
+        }
+        return Kept.of(groups, indices)
+    indices = {}
+    for kind in {group.kind: None for group in groups}:
+        of_kind = [group for group in groups if group.kind == kind]
+        counts = _spread_counts([magnitudes[g.name] for g in of_kind], rate, min_kept)
+        if kind == "channels":
+            counts = _in_blocks(counts, [group.num_units for group in of_kind])
+        for group, count in zip(of_kind, counts, strict=True):
+            indices[group.name] = _strongest(magnitudes[group.name], count)
+    return Kept.of(groups, indices)
+
+
+def check_rate(rate: float, name: str = "rate") -> None:
+    """Raise ValueError unless `rate` is at least 0 and below 1."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} is {rate}, expected at least 0 and below 1")
+
+
+def _magnitudes(group: PruneGroup, state: Mapping[str, Tensor]) -> Tensor:
+    """(units,) L2 norms over all scored weights, divided by their root mean square."""
+    squares = torch.zeros(group.num_units, dtype=torch.float64)
+    for cut in group.scored:
+        entries = _per_unit(state[cut.key].detach().to("cpu", torch.float64), cut, group.num_units)
+        squares += entries.square().sum(dim=1)
+    return (squares / squares.mean().clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+
+
+def _per_unit(tensor: Tensor, cut: Cut, num_units: int) -> Tensor:
+    """(units, entries of one unit)."""
+    apart = tensor.unflatten(cut.dim, (cut.repeats, num_units, cut.width))
+    return apart.movedim(cut.dim + 1, 0).flatten(1)
+
+
+def _share(num_units: int, rate: float) -> int:
+    """Whole units in `rate` of `num_units`, safe against 0.3 * 10 falling short of 3."""
+    return min(num_units - 1, int(rate * num_units + 1e-9))
+
+
+def _spread_counts(magnitudes: Sequence[Tensor], rate: float, min_kept: float) -> list[int]:
+    """How many units each group keeps when all share one threshold and one floor."""
+    largest_rate = max(rate, 1 - min_kept)
+    can_go = [_share(len(m), largest_rate) for m in magnitudes]
+    weakest = [torch.sort(m).values[:n] for m, n in zip(magnitudes, can_go, strict=True)]
+    group_of = torch.cat([torch.full((n,), i) for i, n in enumerate(can_go)])
+    to_prune = int(rate * sum(len(m) for m in magnitudes) + 1e-9)
+    pruned = group_of[torch.argsort(torch.cat(weakest), stable=True)[:to_prune]]
+    gone = torch.bincount(pruned, minlength=len(magnitudes))
+    return [len(m) - int(n) for m, n in zip(magnitudes, gone, strict=True)]
+
+
+def _in_blocks(counts: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Make the counts of large groups multiples of a block, with about the same sum.
+
+    Each count goes to the multiple below or above it; those nearest to the one above go up.
+    """
+    kept = list(counts)
+    large = [i for i, size in enumerate(sizes) if size >= 4 * CHANNEL_BLOCK and kept[i] < size]
+    left = {i: kept[i] % CHANNEL_BLOCK for i in large}
+    most_left = sorted(large, key=lambda i: -left[i])
+    num_up = (sum(left.values()) + CHANNEL_BLOCK // 2) // CHANNEL_BLOCK
+    for place, i in enumerate(most_left):
+        up = left[i] and (place < num_up or kept[i] < CHANNEL_BLOCK)
+        kept[i] = min(sizes[i], kept[i] - left[i] + (CHANNEL_BLOCK if up else 0))
+    return kept
+
+
+def _strongest(magnitudes: Tensor, count: int) -> tuple[int, ...]:
+    """Ascending indices of the `count` largest; among equals the first stay."""
+    order = torch.argsort(magnitudes, descending=True, stable=True)
+    return tuple(sorted(order[:count].tolist()))
+
+
+@dataclass(frozen=True)
+class PruneSchedule:
+    """Start late, go up step by step, choose again every few rounds.
+
+    Attributes
+    ----------
+    rate : float
+        Share of units pruned in the end, at least 0 and below 1.
+    start_round : int
+        First round with pruning; rounds count from 1.
+    ramp_rounds : int
+        Rounds after `start_round` in which the full rate is reached; 0 starts with it.
+    every : int
+        Rounds between choices. The rate changes at choices only.
+
+    Raises
+    ------
+    ValueError
+        If a setting is out of range.
+
+    Notes
+    -----
+    Source: ours.
+    """
+
+    rate: float
+    start_round: int = 1
+    ramp_rounds: int = 0
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        check_rate(self.rate)
+        for name, least in (("start_round", 1), ("ramp_rounds", 0), ("every", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} is {value}, expected at least {least}")
+
+    def chooses(self, round_: int) -> bool:
+        """Whether the kept units are chosen anew at the start of `round_`."""
+        since = round_ - self.start_round
+        return self.rate > 0 and since >= 0 and since % self.every == 0
+
+    def rate_in(self, round_: int) -> float:
+        """Share of units pruned in `round_`, as set at its last choice."""
+        since = round_ - self.start_round
+        if since < 0:
+            return 0.0
+        since_at_choice = since - since % self.every
+        return self.rate * min(1.0, (since_at_choice + 1) / (self.ramp_rounds + 1))
+
+
+def magnitude_mask(state: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
+    """Mark the weights that unstructured pruning keeps: no faster step, for comparison only.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        Only floating-point tensors of two and more dimensions are pruned.
+    rate : float
+        Share of their entries pruned, smallest magnitudes of all tensors first.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Per pruned tensor, bool of its shape; True stays.
+
+    Raises
+    ------
+    ValueError
+        If `rate` is outside [0, 1).
+    """
+    check_rate(rate)
+    weights = {k: t.detach() for k, t in state.items() if t.ndim > 1 and t.is_floating_point()}
+    if not weights:
+        return {}
+    flat = torch.cat([t.abs().reshape(-1).to("cpu", torch.float64) for t in weights.values()])
+    mask = torch.ones(len(flat), dtype=torch.bool)
+    mask[torch.argsort(flat, stable=True)[: int(rate * len(flat) + 1e-9)]] = False
+    parts = mask.split([t.numel() for t in weights.values()])
+    return {k: part.reshape(weights[k].shape) for k, part in zip(weights, parts, strict=True)}

@@ -30,9 +30,16 @@ from flwr_moe.split.protocol import (
 )
 from flwr_moe.split.prune import Kept, expand
 from flwr_moe.split.prune_groups import PruneGroup
-from flwr_moe.split.seeded import draws_numbers, seeded
 from flwr_moe.split.session_round import ClientState, Round, Trunk, weighted_mean
-from flwr_moe.split.step import adam, balance_loss, clip_gradient, counted, quick_layout
+from flwr_moe.split.step import (
+    adam,
+    balance_loss,
+    clip_gradient,
+    counted,
+    draws_numbers,
+    quick_layout,
+    seeded,
+)
 
 SERVERS = ("copies", "shared")
 

@@ -30,10 +30,9 @@ from flwr_moe.split.protocol import (
     with_prefix,
     without_prefix,
 )
-from flwr_moe.split.seeded import seeded
 from flwr_moe.split.session import SplitSession
 from flwr_moe.split.session_round import ClientState, Pending, Round, Trunk
-from flwr_moe.split.step import balance_loss, clip_gradient, counted
+from flwr_moe.split.step import balance_loss, clip_gradient, counted, seeded
 
 Answer = tuple[dict[str, Tensor], dict[str, str]]
 

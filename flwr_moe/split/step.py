@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from flwr_moe.experts.sparse_moe import RoutedBlock
+from flwr_moe.split.codecs import CodecKey
 
 BALANCE_WEIGHT = 0.01
 """Weight of the load-balance loss of expert layers, as in training of the whole model."""
@@ -120,3 +124,22 @@ def clip_gradient(half: nn.Module, largest: float) -> None:
     """Scale a half's gradient down to a norm of `largest`; 0 leaves it as it is."""
     if largest:
         torch.nn.utils.clip_grad_norm_(half.parameters(), largest)
+
+
+_global_generator = threading.Lock()
+
+
+def draws_numbers(module: nn.Module) -> bool:
+    """Whether a module may draw random numbers while it trains."""
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    # Models of transformers also call dropout as a function, with rates of their config.
+    return isinstance(module, nn.RReLU) or hasattr(module, "config")
+
+
+@contextmanager
+def seeded(key: CodecKey) -> Iterator[None]:
+    """Seed the process's generator, which all threads share, for one step, and restore it."""
+    with _global_generator, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key.seed_of("layers"))
+        yield

@@ -17,7 +17,7 @@ from flwr_moe.app.runner import run_system
 from flwr_moe.app.spec import ConfigError
 from flwr_moe.app.split_systems import CUTS, SPLIT_SYSTEMS, TOP_CUTS, build_split
 from flwr_moe.report import RunRecord
-from flwr_moe.split.ushape import UShape
+from flwr_moe.split.cut import UShape
 from flwr_moe.tasks.vgg import VGG
 from tests.local_grid import LocalGrid
 

@@ -20,7 +20,7 @@ from flwr_moe.app.split_systems import build_split
 from flwr_moe.app.tuned import TUNED_TEXT_PLAIN, train_config
 from flwr_moe.cli import cuts as cli_cuts
 from flwr_moe.report import RunRecord, write_results
-from flwr_moe.split.ushape import UShape
+from flwr_moe.split.cut import UShape
 from tests.local_grid import LocalGrid
 from tests.tasks.tiny_text import WIDTH, write_encoder, write_news
 

@@ -18,10 +18,10 @@ from flwr_moe.split.codecs import (
     Quantise,
     RandomDropout,
     cut_codecs,
+    smallest,
     wire_bytes,
 )
-from flwr_moe.split.draws import draw
-from flwr_moe.split.dropout import smallest
+from flwr_moe.split.quantise import draw
 
 WORDS = [24271, 64080, 29299, 2874, 47803, 537]
 KEY = CodecKey(seed=7, round=2, batch=3, partition=1, role="activation")

@@ -17,8 +17,7 @@ from flwr_moe.split.codecs import CodecKey, cut_codecs  # noqa: E402
 from flwr_moe.split.costs import cut_table  # noqa: E402
 from flwr_moe.split.cut import materialise, possible_cuts, split_model  # noqa: E402
 from flwr_moe.split.protocol import agreement  # noqa: E402
-from flwr_moe.split.prune import shrink  # noqa: E402
-from flwr_moe.split.prune_choice import choose_kept  # noqa: E402
+from flwr_moe.split.prune import choose_kept, shrink  # noqa: E402
 from flwr_moe.split.session import SplitSession  # noqa: E402
 from flwr_moe.split.step import cross_entropy_over_labels  # noqa: E402
 from flwr_moe.tasks.lm_model import NextByte  # noqa: E402

@@ -7,9 +7,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flwr_moe.split.prune import Kept, expand, put_back, shrink, take
-from flwr_moe.split.prune_choice import choose_kept, find_groups
-from flwr_moe.split.prune_schedule import PruneSchedule, magnitude_mask
+from flwr_moe.split.prune import (
+    Kept,
+    PruneSchedule,
+    choose_kept,
+    expand,
+    magnitude_mask,
+    put_back,
+    shrink,
+    take,
+)
+from flwr_moe.split.prune_groups import find_groups
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 

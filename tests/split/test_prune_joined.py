@@ -3,9 +3,7 @@
 import torch
 from torch import nn
 
-from flwr_moe.split.prune import expand, shrink
-from flwr_moe.split.prune_choice import choose_kept
-from flwr_moe.split.prune_joined import silenced
+from flwr_moe.split.prune import choose_kept, expand, shrink, silenced
 
 
 def conv_net() -> nn.Sequential:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from flwr_moe.exchange import Refused
 from flwr_moe.experts import SparseMoE
-from flwr_moe.split.codecs import CodecKey, Role, cut_codecs
+from flwr_moe.split.codecs import CodecKey, Role, cut_codecs, shape_text
 from flwr_moe.split.protocol import (
     ACTIVATION,
     GRADIENT,
@@ -22,7 +22,6 @@ from flwr_moe.split.protocol import (
 )
 from flwr_moe.split.prune_groups import Cut, PruneGroup
 from flwr_moe.split.session import SplitSession
-from flwr_moe.split.wire import shape_text
 
 WHOLE = {"first.weight": torch.zeros(4, 2), "second.weight": torch.zeros(3, 4)}
 LABELS = torch.tensor([0, 2, 1, 1, 0], dtype=torch.uint8)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flwr_moe.split.ushape import split_in_three
+from flwr_moe.split.cut import split_in_three
 from flwr_moe.tasks.models import MoEClassifier
 from flwr_moe.tasks.vgg import VGG
 from tests.split.halves import Loss, tensor_of

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from flwr_moe.client_apps.split.ushape_link import UShapeLink
 from flwr_moe.split.codecs import CodecKey, cut_codecs
+from flwr_moe.split.cut import UShape, split_in_three
 from flwr_moe.split.protocol import agreement, top_agreement
 from flwr_moe.split.session_ushape import UShapeSession
-from flwr_moe.split.ushape import UShape, split_in_three
 from tests.split.test_cut import IMAGES, class_loss, small_cnn
 
 RATE = 0.01

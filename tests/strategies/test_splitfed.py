@@ -10,8 +10,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from flwr_moe.network import FixedLinks, MeteredGrid, count_bytes
-from flwr_moe.split.codecs import cut_codecs
-from flwr_moe.split.wire import wire_bytes
+from flwr_moe.split.codecs import cut_codecs, wire_bytes
 from flwr_moe.strategies import SplitFed
 from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid

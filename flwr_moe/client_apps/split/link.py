@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flwr_moe.exchange import ExchangeClient
 from flwr_moe.network.traffic import ACTIVATION_BYTES, EXCHANGES, GRADIENT_BYTES
-from flwr_moe.split.codecs import Chain, CodecKey, Role
+from flwr_moe.split.codecs import Chain, CodecKey, Place, Role, shape_text
 from flwr_moe.split.protocol import (
     ACTIVATION,
     CONTEXT,
@@ -20,7 +20,6 @@ from flwr_moe.split.protocol import (
     with_prefix,
     without_prefix,
 )
-from flwr_moe.split.wire import Place, shape_text
 
 
 class CutLink:

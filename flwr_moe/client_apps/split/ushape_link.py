@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flwr_moe.client_apps.split.link import CutLink, check_fit
 from flwr_moe.network.traffic import ACTIVATION_BYTES, EXCHANGES, GRADIENT_BYTES
-from flwr_moe.split.codecs import Chain, Role
+from flwr_moe.split.codecs import Chain, Role, shape_text
 from flwr_moe.split.protocol import (
     ACTIVATION,
     BACKWARD,
@@ -20,7 +20,6 @@ from flwr_moe.split.protocol import (
     with_prefix,
     without_prefix,
 )
-from flwr_moe.split.wire import shape_text
 
 GRADIENT_BYTES_UP = "gradient-bytes-up"
 """Metric: how many of the bytes sent to the server's part were gradients."""

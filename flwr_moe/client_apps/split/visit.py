@@ -16,15 +16,12 @@ from flwr_moe.client_apps.training import TrainOrder, partition_of
 from flwr_moe.exchange import Unreachable
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import EXCHANGE_URL
-from flwr_moe.split.codecs import CodecKey, cut_codecs
-from flwr_moe.split.cut import materialise, split_model
+from flwr_moe.split.codecs import CodecKey, cut_codecs, shape_text
+from flwr_moe.split.cut import UShape, materialise, split_in_three, split_model
 from flwr_moe.split.protocol import agreement, top_agreement
-from flwr_moe.split.prune import Kept, put_back, shrink
-from flwr_moe.split.prune_choice import choose_kept, find_groups
-from flwr_moe.split.prune_schedule import PruneSchedule
+from flwr_moe.split.prune import Kept, PruneSchedule, choose_kept, put_back, shrink
+from flwr_moe.split.prune_groups import find_groups
 from flwr_moe.split.step import counted, quick_layout, step_flops
-from flwr_moe.split.ushape import UShape, split_in_three
-from flwr_moe.split.wire import shape_text
 from flwr_moe.training import Samples
 from flwr_moe.training.loop import Transform
 

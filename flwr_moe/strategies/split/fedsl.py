@@ -15,10 +15,8 @@ from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.split.codecs import cut_codecs
 from flwr_moe.split.cut import materialise
-from flwr_moe.split.prune import Kept
-from flwr_moe.split.prune_choice import choose_kept, find_groups
-from flwr_moe.split.prune_joined import silenced
-from flwr_moe.split.prune_schedule import PruneSchedule
+from flwr_moe.split.prune import Kept, PruneSchedule, choose_kept, silenced
+from flwr_moe.split.prune_groups import find_groups
 from flwr_moe.strategies.averaging import to_arrays, to_record
 from flwr_moe.strategies.split.splitfed import SplitFed
 

@@ -17,10 +17,9 @@ from flwr_moe.exchange.request import Refused
 from flwr_moe.network import MeteredGrid, SimulatedGrid
 from flwr_moe.network.nodes import EXCHANGE_URL, NodeProfile
 from flwr_moe.split.codecs import Chain, Role
-from flwr_moe.split.cut import Split
+from flwr_moe.split.cut import Split, UShape
 from flwr_moe.split.protocol import HANDLER
 from flwr_moe.split.session import LossFn, SplitSession
-from flwr_moe.split.ushape import UShape
 from flwr_moe.strategies.split.replies import why_unusable
 from flwr_moe.strategies.split.setup import NO_SCHEDULE, number, open_session
 

@@ -14,13 +14,12 @@ from torch.nn import functional
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.exchange.app import Handler
 from flwr_moe.split.codecs import Chain, Role
-from flwr_moe.split.cut import Split, materialise, split_model
+from flwr_moe.split.cut import Split, UShape, materialise, split_in_three, split_model
 from flwr_moe.split.meta import ExampleInputs
 from flwr_moe.split.protocol import agreement, top_agreement
-from flwr_moe.split.prune_choice import find_groups
+from flwr_moe.split.prune_groups import find_groups
 from flwr_moe.split.session import SERVERS, LossFn, SplitSession
 from flwr_moe.split.session_ushape import UShapeSession
-from flwr_moe.split.ushape import UShape, split_in_three
 
 LABELS = ("server", "client")
 """Where labels may be."""

@@ -76,7 +76,7 @@ class SplitFed(SplitServing):
         ``"client"``: labels stay on the devices, which also hold the end of the model (U-shape).
     top_cut : str
         With labels at the client, the module after which that end begins; by default the last
-        possible one, see :func:`~flwr_moe.split.ushape.split_in_three`.
+        possible one, see :func:`~flwr_moe.split.cut.split_in_three`.
     server_speedup : float
         The server's speed as a multiple of the device's, for virtual time.
     exchange_url, exchange_token : str
