@@ -10,7 +10,8 @@ from flwr.app import ArrayRecord, ConfigRecord
 from torch import nn
 
 from flwr_moe.app.tracker import Judge, Verdict
-from flwr_moe.client_apps.training import TrainOrder, train_by_order
+from flwr_moe.client_apps.training import train_by_order
+from flwr_moe.messages.training import TrainOrder
 from flwr_moe.tasks import Task
 from flwr_moe.training import accuracy_and_loss, predict
 

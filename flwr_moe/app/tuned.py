@@ -8,7 +8,6 @@ from flwr.app import ConfigRecord
 
 from flwr_moe.app.build_task import settle_experts
 from flwr_moe.app.config import Settings
-from flwr_moe.client_apps.training import EVALUATE_OWN
 
 UNTIL_CONTACT = 0
 ALWAYS_UNTIL_CONTACT = ("ems-fl", "fedavg-until-pass")
@@ -83,7 +82,7 @@ def train_config(settings: Settings, system: str, seed: int) -> ConfigRecord:
             "batch-size": settings.batch_size,
             "local-steps": UNTIL_CONTACT if system in ALWAYS_UNTIL_CONTACT else steps,
             "max-local-steps": settings.max_local_steps,
-            EVALUATE_OWN: system in PERSONALISED,
+            "evaluate-own": system in PERSONALISED,
             **_precision(settings),
         }
     )

@@ -7,8 +7,9 @@ from flwr_moe.client_apps.ems_fl.mod import expert_mod
 from flwr_moe.client_apps.ems_fl.training import register_expert_training
 from flwr_moe.client_apps.fedmoe_da.mod import personal_mod
 from flwr_moe.client_apps.split.training import register_split_training, train_half
-from flwr_moe.client_apps.training import TrainOrder, register_training
+from flwr_moe.client_apps.training import register_training
 from flwr_moe.client_apps.wire_mod import wire_mod
+from flwr_moe.messages.training import TrainOrder
 
 __all__ = [
     "TrainOrder",

@@ -15,7 +15,8 @@ from flwr_moe.app.config import ConfigError, Settings
 from flwr_moe.app.tuned import TUNED, train_config
 from flwr_moe.cli.main import main
 from flwr_moe.client_apps import build_client_app
-from flwr_moe.client_apps.training import TrainOrder, train_by_order
+from flwr_moe.client_apps.training import train_by_order
+from flwr_moe.messages.training import TrainOrder
 from flwr_moe.tasks import Digits
 from flwr_moe.tasks.cifar10 import Cifar10, crop_and_flip
 from flwr_moe.tasks.vgg import VGG

@@ -96,7 +96,11 @@ def test_fedmoe_da(relay):
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("train-dtype", "int8", "train-dtype is 'int8', expected one of float32, bfloat16"),
+        (
+            "train-dtype",
+            "int8",
+            "'train-dtype' is 'int8' in the message, expected one of float32, bfloat16",
+        ),
         (
             "gradient-checkpointing",
             1,

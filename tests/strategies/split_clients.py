@@ -122,7 +122,8 @@ def run_fedavg(
     rounds: int, num_clients: int = 3, config: dict[str, Any] | None = None
 ) -> dict[str, Tensor]:
     """The same training of the whole model by Flower's own FedAvg, on the same batches."""
-    from flwr_moe.client_apps.training import TrainOrder, partition_of, train_by_order, train_reply
+    from flwr_moe.client_apps.training import partition_of, train_by_order
+    from flwr_moe.messages.training import TrainFigures, TrainOrder, train_reply
 
     app = ClientApp()
 
@@ -134,8 +135,8 @@ def run_fedavg(
         order = TrainOrder.of(message.content["config"], client)
         data = data_of(client)
         train_by_order(model, data, order)
-        metrics = {"num-examples": len(data)}
-        return train_reply(message, "arrays", ArrayRecord(model.state_dict()), metrics)
+        arrays = ArrayRecord(model.state_dict())
+        return train_reply(message, "arrays", arrays, TrainFigures(len(data)))
 
     result = FedAvg(fraction_evaluate=0.0).start(
         LocalGrid(app, num_clients),
@@ -158,7 +159,7 @@ def by_hand(
     The first two layers' tensors are the client half; ``steps`` tells how many of three batches
     a client does in a round before it goes away, and then its client half is lost.
     """
-    from flwr_moe.client_apps.training import TrainOrder
+    from flwr_moe.messages.training import TrainOrder
 
     state = {k: v.numpy() for k, v in build_model().state_dict().items()}
     halves = {c: {k: v for k, v in state.items() if k[0] in "01"} for c in range(num_clients)}

@@ -12,7 +12,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from flwr_moe.client_apps.training import train_reply
 from flwr_moe.experts import (
     ExpertLayout,
     GateStatistics,
@@ -21,6 +20,8 @@ from flwr_moe.experts import (
     gate_inputs,
     sample_features,
 )
+from flwr_moe.messages.ems_fl import GateFigures
+from flwr_moe.messages.training import train_reply
 from flwr_moe.training import Samples
 from flwr_moe.training.loop import batch_size_for
 
@@ -92,7 +93,7 @@ def answer_gate_statistics(
             arrays |= statistics.pack()
         record = ArrayRecord({key: Array(np.asarray(value)) for key, value in arrays.items()})
         cost = statistics_cost(config, layout, seen, _frozen_numbers(full))
-        return train_reply(message, "gate", record, {"num-examples": len(data), **cost})
+        return train_reply(message, "gate", record, GateFigures(len(data), *cost.values()))
 
     return app
 

@@ -12,14 +12,9 @@ from flwr_moe.client_apps.ems_fl.gate_report import (
     own_model,
     remember_shared,
 )
-from flwr_moe.client_apps.training import (
-    TaskFn,
-    TrainOrder,
-    partition_of,
-    train_by_order,
-    train_reply,
-)
+from flwr_moe.client_apps.training import TaskFn, partition_of, train_by_order
 from flwr_moe.experts import ExpertLayout
+from flwr_moe.messages.training import TrainFigures, TrainOrder, train_reply
 from flwr_moe.network.wire_dtype import state_of, to_record
 from flwr_moe.training.precision import as_sent, prepare
 from flwr_moe.training.samples import gate_view
@@ -89,7 +84,7 @@ def register_expert_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
             message,
             "experts",
             to_record(as_sent(own, sent)),
-            {"num-examples": len(data), "steps": order.steps, "train-loss": loss},
+            TrainFigures(len(data), order.steps, loss),
         )
         if train_shared:
             trained = {k: v for k, v in layout.shared(state).items() if k not in gates}

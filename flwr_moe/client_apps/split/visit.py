@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from flwr_moe.client_apps.fedmoe_da.peers import Access, exchange_client
 from flwr_moe.client_apps.split.link import CutLink
 from flwr_moe.client_apps.split.ushape_link import UShapeLink
-from flwr_moe.client_apps.training import TrainOrder, partition_of
+from flwr_moe.client_apps.training import partition_of
 from flwr_moe.exchange import Unreachable
+from flwr_moe.messages.training import TrainOrder
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import EXCHANGE_URL
 from flwr_moe.split.codecs import CodecKey, cut_codecs, shape_text
