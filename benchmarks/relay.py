@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 
-from flwr_moe.experts.similarity import BLOCK_BYTES, mix
+from flwr_moe.experts.mixing import BLOCK_BYTES, mix
 
 EXPERTS, PARAMETERS, PEERS, REPEATS, BAR = 800, 100_000, 3, 7, 2.0
 

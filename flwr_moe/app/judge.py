@@ -18,9 +18,9 @@ from flwr_moe.experts import (
     Router,
     mixed_log_probs,
     most_probable_log_probs,
+    probabilities_from_input,
 )
 from flwr_moe.experts.mixture import ClusterAnswers
-from flwr_moe.experts.probe import probabilities_from_input
 from flwr_moe.strategies import EMSFL
 from flwr_moe.strategies.ems_fl.plan import Experts, assigned_affinity, own_experts
 from flwr_moe.tasks import Task

@@ -2,34 +2,30 @@
 
 from flwr_moe.experts.affinity import (
     AffinitySum,
-    captured_mass,
-    gate_affinity,
-    gate_probabilities,
+    affinity_from_inputs,
+    gate_inputs,
+    probabilities_from_input,
+    sample_features,
 )
 from flwr_moe.experts.assignment import assign_experts
 from flwr_moe.experts.families import Family, register_family, repair_nllb
 from flwr_moe.experts.gate_fit import (
     Discriminants,
     GateStatistics,
+    RandomFeatures,
     fit_discriminants,
+    median_gamma,
     split_among_experts,
 )
 from flwr_moe.experts.layout import ExpertLayout
+from flwr_moe.experts.mixing import cosine_similarity, mix, mixing_matrix, nearest
 from flwr_moe.experts.mixture import (
     Router,
     cluster_logits,
     mixed_log_probs,
     most_probable_log_probs,
 )
-from flwr_moe.experts.probe import (
-    affinity_from_inputs,
-    gate_inputs,
-    probabilities_from_input,
-    sample_features,
-)
-from flwr_moe.experts.random_features import RandomFeatures, median_gamma
 from flwr_moe.experts.restrict import restricted_gate
-from flwr_moe.experts.similarity import cosine_similarity, mix, mixing_matrix, nearest
 from flwr_moe.experts.sparse_moe import SparseMoE
 
 __all__ = [
@@ -43,13 +39,10 @@ __all__ = [
     "SparseMoE",
     "affinity_from_inputs",
     "assign_experts",
-    "captured_mass",
     "cluster_logits",
     "cosine_similarity",
     "fit_discriminants",
-    "gate_affinity",
     "gate_inputs",
-    "gate_probabilities",
     "median_gamma",
     "mix",
     "mixed_log_probs",

@@ -1,24 +1,27 @@
 """How much of a gate's attention some data gives to each expert.
 
-Dimension suffixes: L layers, E experts, K clusters.
+Everything works on a device that holds a few experts only: what the gates see comes from its
+submodel, their weights from the part that all share.
+
+Dimension suffixes: B samples, T gate decisions, D model width, E experts, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from flwr_moe.experts.families import family_named
 from flwr_moe.experts.layout import ExpertLayout
 from flwr_moe.experts.moe_layer import MoELayer
-from flwr_moe.experts.restrict import gate_logits
 
 
 @dataclass(frozen=True)
@@ -66,112 +69,107 @@ class AffinitySum:
         return self.sum_LE / count_L[:, None]
 
 
-def gate_affinity(model: nn.Module, layout: ExpertLayout, batches: Iterable[Any]) -> AffinitySum:
-    """Sum the gates' probabilities over data, in evaluation mode and without gradients.
-
-    Affinity as the mean gate probability is our reading of EMS-FL's "highly correlated".
+@torch.no_grad()
+def gate_inputs(model: nn.Module, layout: ExpertLayout, x: Any) -> list[Tensor]:
+    """Return what the gate of every layer sees when the model reads ``x``.
 
     Parameters
     ----------
     model : nn.Module
-        A model whose gates return logits (..., E), unless their family says otherwise.
+        The full model or a submodel; in evaluation mode for the pass, and as it was afterwards.
     layout : ExpertLayout
-        Layout of `model`.
-    batches : iterable
-        Inputs without targets: a tensor is passed as the only argument, a tuple or list as
-        positional and a mapping as keyword arguments.
+        Layout of the full model.
+    x : Tensor, shape (B, ...), tuple or mapping
+        Inputs: the model's only argument, its positional or its keyword arguments.
 
     Returns
     -------
-    AffinitySum
-        ``sum_LE`` (L, E) and ``count`` (L,). If layers differ in their number of experts, E is
-        the largest and the missing ones are zero.
-
-    Raises
-    ------
-    ValueError
-        If a gate returns anything but logits.
+    list of Tensor
+        One (T, D) tensor a layer; T is B, or B times the tokens of a sample.
     """
-    sum_LE = np.zeros((layout.num_layers, max(layout.layers)))
-    count_L = np.zeros(layout.num_layers, dtype=np.int64)
+    seen: list[Tensor] = [torch.empty(0)] * layout.num_layers
 
-    def counting_hook(i: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            probs_TE = gate_probabilities(layout.moe_layers[i], output)
-            sum_LE[i, : layout.layers[i]] += probs_TE.sum(0).cpu().numpy()
-            count_L[i] += len(probs_TE)
+    def watch(i: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[i] = args[0].detach().reshape(-1, args[0].shape[-1])
 
         return hook
 
     modes = [(module, module.training) for module in model.modules()]
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
         for i, layer in enumerate(layout.moe_layers):
-            handle = model.get_submodule(layer.gate).register_forward_hook(counting_hook(i))
+            handle = model.get_submodule(layer.gate).register_forward_pre_hook(watch(i))
             stack.callback(handle.remove)
+        for module, training in modes:
+            stack.callback(setattr, module, "training", training)
         model.eval()
-        try:
-            for batch in batches:
-                call_model(model, batch)
-        finally:
-            for module, training in modes:
-                module.training = training
+        if isinstance(x, Mapping):
+            model(**x)
+        else:
+            model(*x) if isinstance(x, tuple | list) else model(x)
+    return seen
+
+
+def sample_features(gate_input_TD: Tensor, num_samples: int) -> np.ndarray:
+    """Mean gate input of each sample over its tokens, shape (B, D)."""
+    width = gate_input_TD.shape[-1]
+    return gate_input_TD.reshape(num_samples, -1, width).mean(1).double().numpy()
+
+
+def affinity_from_inputs(
+    inputs: list[Tensor], layout: ExpertLayout, shared: Mapping[str, Any]
+) -> AffinitySum:
+    """Affinity to all experts from the gates' inputs and the full gates in the shared part.
+
+    A device that holds a few experts only can tell this of all of them: the gate is part of
+    what everybody has.
+
+    Parameters
+    ----------
+    inputs : list of Tensor
+        As :func:`gate_inputs` gives them.
+    layout : ExpertLayout
+        Layout of the full model.
+    shared : mapping
+        Shared tensors by their names in the state; gates have a row for every expert.
+
+    Returns
+    -------
+    AffinitySum
+        Sums of gate probabilities (L, E) and decisions (L,).
+
+    Notes
+    -----
+    Source: ours; for gates that are linear maps before their family's function of the logits.
+    """
+    sum_LE = np.zeros((layout.num_layers, max(layout.layers)))
+    count_L = np.zeros(layout.num_layers, dtype=np.int64)
+    for i, (x_TD, layer) in enumerate(zip(inputs, layout.moe_layers, strict=True)):
+        probs_TE = probabilities_from_input(x_TD, layer, shared)
+        sum_LE[i, : layer.num_experts] = probs_TE.sum(0).numpy()
+        count_L[i] = len(x_TD)
     return AffinitySum(sum_LE, count_L)
 
 
-def gate_probabilities(layer: MoELayer, output: Any) -> Tensor:
-    """Turn what a gate returned into probabilities (T, E), float64, by its family's function.
+def probabilities_from_input(x_TD: Tensor, layer: MoELayer, shared: Mapping[str, Any]) -> Tensor:
+    """Gate probabilities of all experts of one layer, (T, E) float64.
 
     Parameters
     ----------
+    x_TD : Tensor
+        What the gate sees, as :func:`gate_inputs` gives it.
     layer : MoELayer
-        Layer of the gate.
-    output : Any
-        What the module ``layer.gate`` returned, for any number of tokens.
+        Layer of the full model.
+    shared : mapping
+        Shared tensors by their names in the state; the gate has a row for every expert.
 
-    Raises
-    ------
-    ValueError
-        If it holds no logits.
+    Notes
+    -----
+    Source: ours; for gates that are linear maps before their family's function of the logits.
     """
-    logits_TE = gate_logits(output, layer).detach().reshape(-1, layer.num_experts)
+    weight_ED = torch.as_tensor(shared[f"{layer.gate}.weight"])
+    dtype = torch.promote_types(x_TD.dtype, weight_ED.dtype)
+    bias_key = f"{layer.gate}.bias"
+    bias_E = torch.as_tensor(shared[bias_key]).to(dtype) if bias_key in layer.gate_rows else None
+    logits_TE = functional.linear(x_TD.to(dtype), weight_ED.to(dtype), bias_E)
     return family_named(layer.family).probabilities(logits_TE.double())
-
-
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """Call `model` with a tensor, or with arguments in a tuple or list or keywords in a mapping."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
-
-
-def captured_mass(affinity_KE: ArrayLike, owner: ArrayLike) -> float:
-    """Mean over clusters of the gate mass that falls on each cluster's own experts.
-
-    With gates that know nothing about clusters it is about ``1 / K``; 1 means that every
-    cluster's data goes to its own experts only.
-
-    Parameters
-    ----------
-    affinity_KE : array_like
-        (K, E) mean gate probabilities of each cluster's data.
-    owner : array_like
-        (E,) cluster that owns each expert.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit or an owner is no cluster.
-    """
-    affinity_KE = np.asarray(affinity_KE, dtype=np.float64)
-    owner_E = np.asarray(owner)
-    if affinity_KE.ndim != 2 or owner_E.shape != affinity_KE.shape[1:]:
-        raise ValueError(
-            f"owner has shape {owner_E.shape}, expected one cluster for each column of the "
-            f"affinity of shape {affinity_KE.shape}"
-        )
-    clusters = len(affinity_KE)
-    if owner_E.min() < 0 or owner_E.max() >= clusters:
-        raise ValueError(f"owners are {owner_E.tolist()}, expected clusters 0 to {clusters - 1}")
-    return float(affinity_KE[owner_E, np.arange(len(owner_E))].sum() / clusters)

@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linear_sum_assignment
 
 METHODS = ("exact", "greedy", "random")
 
@@ -106,6 +105,8 @@ def _exact(
     Each cluster brings as many slots as its upper bound. Slots beyond the number of experts stay
     empty; those within a lower bound must not.
     """
+    from scipy.optimize import linear_sum_assignment  # a second to load, for once a run
+
     clusters, experts = affinity_KE.shape
     cluster_S = np.repeat(np.arange(clusters), upper_K)
     rank_S = np.concatenate([np.arange(n) for n in upper_K])

@@ -77,7 +77,7 @@ class ExpertLayout:
             raise ValueError(
                 f"{type(model).__name__} has no experts: no child module named 'experts' found "
                 "(expected an nn.ModuleList, or fused tensors, next to a 'gate' or 'router'); "
-                "flwr_moe.lora.build.add_lora_experts gives a dense model LoRA experts"
+                "flwr_moe.lora.add_lora_experts gives a dense model LoRA experts"
             )
         of_experts = {key for layer in layers for key in layer.state_keys()}
         state = model.state_dict()

@@ -18,8 +18,9 @@ from flwr_moe.client_apps.ems_fl.gate_report import (
 )
 from flwr_moe.client_apps.ems_fl.mod import expert_mod
 from flwr_moe.client_apps.ems_fl.training import GATE_STATISTICS, TRAIN_EXPERTS, TRAINED_SHARED
-from flwr_moe.experts import ExpertLayout, GateStatistics, gate_affinity
+from flwr_moe.experts import ExpertLayout, GateStatistics
 from flwr_moe.strategies.ems_fl.plan import ClusterReport
+from tests.experts.models import gate_probabilities
 from tests.local_grid import LocalGrid
 from tests.strategies.devices import TinyTask
 
@@ -164,8 +165,8 @@ def all_data(scene):
 def test_affinity_of_devices_adds_up_to_that_of_the_full_model():
     scene = Scene()
     both = report(scene, 0)[0] + report(scene, 1)[0]
-    expected = gate_affinity(scene.model, scene.layout, [all_data(scene)[0]])
-    assert np.allclose(both.affinity.sum_LE, expected.sum_LE, rtol=1e-5, atol=0)
+    (expected_TE,) = gate_probabilities(scene.model, scene.layout, all_data(scene)[0])
+    assert np.allclose(both.affinity.sum_LE, expected_TE.sum(0), rtol=1e-5, atol=0)
     assert both.affinity.count.tolist() == [30 + 40]
     assert both.statistics is None
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flwr_moe.experts import SparseMoE
+from flwr_moe.experts import ExpertLayout, SparseMoE
+from flwr_moe.experts.families import family_named
+from flwr_moe.experts.restrict import gate_logits
 
 WIDTH, HIDDEN, CLASSES = 6, 10, 3
 EXPERTS = (5, 4)
@@ -64,3 +66,21 @@ both_kinds = pytest.mark.parametrize("kind", list(BLOCKS))
 def build(kind: str, seed: int = 0) -> Net:
     torch.manual_seed(seed)
     return Net(BLOCKS[kind]).double()
+
+
+@torch.no_grad()
+def gate_probabilities(model: nn.Module, layout: ExpertLayout, *args: object, **inputs: object):
+    """Probabilities (T, E) of every layer, float64, from what the full model's gates return."""
+    seen: list[Tensor] = []
+    handles = []
+    for layer in layout.moe_layers:
+
+        def hook(module, args, output, layer=layer):
+            logits_TE = gate_logits(output, layer).reshape(-1, layer.num_experts).double()
+            seen.append(family_named(layer.family).probabilities(logits_TE))
+
+        handles.append(model.get_submodule(layer.gate).register_forward_hook(hook))
+    model.eval()(*args, **inputs)
+    for handle in handles:
+        handle.remove()
+    return [probs_TE.numpy() for probs_TE in seen]

@@ -224,7 +224,7 @@ def test_a_family_of_transformers_that_nobody_described():
 def test_a_dense_model():
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**DECODER, intermediate_size=24))
-    text = r"LlamaForCausalLM has no experts.*flwr_moe\.experts\.lora\.add_lora_experts"
+    text = r"LlamaForCausalLM has no experts.*flwr_moe\.lora\.add_lora_experts"
     with pytest.raises(ValueError, match=text):
         ExpertLayout.of(model)
 

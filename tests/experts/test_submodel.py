@@ -177,3 +177,10 @@ def test_errors():
     ):
         model(torch.randn(2, 4, dtype=torch.float64))
     assert len(model.blocks[1].gate._forward_hooks) == 0
+    other = build("list")
+    other.blocks[0].gate = torch.nn.Linear(6, 4).double()
+    with (
+        restricted_gate(other, layout, [0]),
+        pytest.raises(ValueError, match=r"gate 'blocks\.0\.gate' returned shape \(2, 4\), exp"),
+    ):
+        other(torch.randn(2, 4, dtype=torch.float64))

@@ -17,8 +17,7 @@ from flwr_moe.client_apps.training import partition_of
 from flwr_moe.exchange import RefusedByServer
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.layout import PART_NAME, part_name
-from flwr_moe.experts.mixing_plan import plan_from_config
-from flwr_moe.experts.personal import ExpertSet, mix_experts, split_state
+from flwr_moe.experts.mixing import ExpertSet, mix_experts, plan_from_config, split_state
 from flwr_moe.network.traffic import PEER_BYTES
 from flwr_moe.network.wire_dtype import state_of, to_record
 

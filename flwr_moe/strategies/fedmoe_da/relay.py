@@ -11,8 +11,7 @@ from scipy.sparse import csr_array
 
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.layout import part_name
-from flwr_moe.experts.mixing_plan import Ingredient
-from flwr_moe.experts.similarity import mix
+from flwr_moe.experts.mixing import Ingredient, mix
 from flwr_moe.strategies.averaging import Arrays, cast_like
 
 Mixed = dict[str, NDArray[Any]]

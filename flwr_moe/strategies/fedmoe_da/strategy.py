@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from flwr_moe.client_apps.fedmoe_da.mod import PEER_LOST, PERSONAL, TRAINED_SHARED
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.layout import part_name
-from flwr_moe.experts.mixing_plan import Ingredient, mixing_plans, plan_to_config
+from flwr_moe.experts.mixing import Ingredient, mixing_plans, plan_to_config
 from flwr_moe.network import (
     MESSAGE_TTL_S,
     MeteredGrid,
