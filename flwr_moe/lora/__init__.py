@@ -1,1 +1,23 @@
 """LoRA experts: small adapters on frozen layers, with PEFT's conventions."""
+
+from flwr_moe.lora.base import FINGERPRINT, own_copy, shared_base
+from flwr_moe.lora.build import add_lora_experts, lora_mixture
+from flwr_moe.lora.io import from_peft, load_experts, save_experts
+from flwr_moe.lora.layer import GateKind, LoRAExpertsLinear, token_mask
+from flwr_moe.lora.peft import fused_peft_layout, peft_layout
+
+__all__ = [
+    "FINGERPRINT",
+    "GateKind",
+    "LoRAExpertsLinear",
+    "add_lora_experts",
+    "from_peft",
+    "fused_peft_layout",
+    "load_experts",
+    "lora_mixture",
+    "own_copy",
+    "peft_layout",
+    "save_experts",
+    "shared_base",
+    "token_mask",
+]

@@ -87,7 +87,7 @@ def base_fingerprint(model: nn.Module, left_out: Sequence[str]) -> Tensor:
         if tensor.is_meta:
             raise ValueError(
                 f"{name} of the base model is on the meta device, expected real weights "
-                "(load it with flwr_moe.lora.build.shared_base)"
+                "(load it with flwr_moe.lora.shared_base)"
             )
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, len(flat) // SAMPLED_VALUES)].contiguous().cpu()

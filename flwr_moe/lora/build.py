@@ -8,31 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from flwr_moe.lora.base import (
-    FINGERPRINT,
-    base_fingerprint,
-    freeze,
-    own_copy,
-    refuse_other_bases,
-    shared_base,
-)
-from flwr_moe.lora.layer import GATE_KINDS, GateKind, LoRAExpertsLinear
-from flwr_moe.lora.mask import follow_attention_mask, token_mask
-from flwr_moe.lora.sites import LoRASite, find_sites
+from flwr_moe.lora.base import base_fingerprint, freeze, own_copy, refuse_other_bases
+from flwr_moe.lora.layer import GATE_KINDS, GateKind, LoRAExpertsLinear, follow_attention_mask
+from flwr_moe.lora.sites import LoRASite, LoRASites, find_sites
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-__all__ = [
-    "FINGERPRINT",
-    "GateKind",
-    "LoRAExpertsLinear",
-    "LoRAMixture",
-    "add_lora_experts",
-    "lora_mixture",
-    "shared_base",
-    "token_mask",
-]
 
 
 @dataclass(frozen=True)
@@ -41,23 +22,17 @@ class LoRAMixture:
 
     Attributes
     ----------
-    config : LoraConfig
-        PEFT's config of every single expert.
+    sites : LoRASites
+        The adapted layers, modules trained whole, and PEFT's config of every single expert.
     top_k : int
         Experts that answer, as asked for.
     gate : {"token", "sequence"}
         What the gates see.
-    adapted : tuple of LoRASite
-        The adapted layers.
-    saved : tuple of str
-        Modules trained whole (``modules_to_save``).
     """
 
-    config: LoraConfig
+    sites: LoRASites
     top_k: int
     gate: GateKind
-    adapted: tuple[LoRASite, ...]
-    saved: tuple[str, ...]
 
 
 def add_lora_experts(
@@ -125,7 +100,7 @@ def add_lora_experts(
         if isinstance(module._modules.get("experts"), nn.Module):
             raise ValueError(
                 f"module {name!r} has experts already, expected a model without "
-                "(for LoRA on the experts of an MoE model see lora_peft.fused_peft_layout)"
+                "(for LoRA on the experts of an MoE model see flwr_moe.lora.fused_peft_layout)"
             )
     sites = find_sites(model, config)
     fingerprint = base_fingerprint(model, sites.saved)
@@ -138,7 +113,7 @@ def add_lora_experts(
     refuse_other_bases(model, fingerprint)
     if gate == "sequence":
         follow_attention_mask(model)
-    vars(model)["lora_mixture"] = LoRAMixture(sites.config, top_k, gate, sites.adapted, sites.saved)
+    vars(model)["lora_mixture"] = LoRAMixture(sites, top_k, gate)
     return model
 
 

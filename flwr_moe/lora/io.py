@@ -53,22 +53,22 @@ def save_experts(model: nn.Module, folder: Path | str) -> None:
     """
     mixture = lora_mixture(model)
     state = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
-    sizes = {len(state[_expert_key(site, "lora_A")]) for site in mixture.adapted}
+    sizes = {len(state[_expert_key(site, "lora_A")]) for site in mixture.sites.adapted}
     if len(sizes) > 1:
         raise ValueError(f"layers hold {sorted(sizes)} experts, expected the same number in each")
     num_experts = sizes.pop()
-    config = copy.deepcopy(mixture.config)
+    config = copy.deepcopy(mixture.sites.config)
     config.inference_mode = True
-    whole = {key: tensor for key, tensor in state.items() if _is_under(key, mixture.saved)}
+    whole = {key: tensor for key, tensor in state.items() if _is_under(key, mixture.sites.saved)}
     for e in range(num_experts):
         adapter = {PEFT_PREFIX + key: tensor for key, tensor in whole.items()}
-        for site in mixture.adapted:
+        for site in mixture.sites.adapted:
             for part in PARTS:
                 adapter[_peft_key(site, part)] = state[_expert_key(site, part)][e].contiguous()
         home = Path(folder) / f"expert-{e}"
         config.save_pretrained(str(home))
         save_file(adapter, home / WEIGHTS, {"format": "pt"})
-    experts = {_expert_key(site, part) for site in mixture.adapted for part in PARTS}
+    experts = {_expert_key(site, part) for site in mixture.sites.adapted for part in PARTS}
     rest = {key: tensor.contiguous() for key, tensor in state.items() if key not in experts}
     save_file(rest, Path(folder) / MIXTURE_WEIGHTS, {"format": "pt"})
     top_k = min(mixture.top_k, num_experts)
@@ -100,7 +100,7 @@ def load_experts(base: nn.Module, folder: Path | str) -> nn.Module:
         gate=settings["gate"],
         generator=torch.Generator().manual_seed(0),
     )
-    _load(model, rest | _stacked(lora_mixture(model).adapted, adapters, homes))
+    _load(model, rest | _stacked(lora_mixture(model).sites.adapted, adapters, homes))
     return model
 
 

@@ -7,15 +7,18 @@ C rows of an expert's buffer.
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Literal, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from flwr_moe.experts.sparse_moe import RoutedBlock, run_chosen
-from flwr_moe.lora.mask import mean_over_tokens
 
 GateKind = Literal["token", "sequence"]
 
@@ -28,6 +31,9 @@ Measured forward and backward on one CPU core, widths 384 to 2048, ranks 8 and 1
 of which 2 answer 0.8 to 1.2 times the time of sorting, with 12 about the same, with 32 it is 1.3
 to 1.7 times.
 """
+
+
+_MASKS: ContextVar[tuple[Tensor | None, ...]] = ContextVar("token_masks", default=())
 
 
 class LoRAExperts(nn.Module):
@@ -91,7 +97,7 @@ class LoRAExpertsLinear(RoutedBlock):
         dropped in training.
     gate : {"token", "sequence"}
         Whether every token is routed by itself, or every sample (first dimension) as a whole by
-        the mean of its tokens; see `lora_mask.token_mask` for padding.
+        the mean of its tokens; see `token_mask` for padding.
     device, dtype : torch.device, torch.dtype
         Of experts and gate, which start empty; see `reset_parameters`.
 
@@ -177,3 +183,54 @@ class LoRAExpertsLinear(RoutedBlock):
         else:
             delta_TO = run_chosen(self.experts, x_TD, expert_Tk, weight_Tk, routed_E)
         return y + (self.scaling * delta_TO).view_as(y).to(y.dtype)
+
+
+@contextmanager
+def token_mask(mask_BS: Tensor | None) -> Iterator[None]:
+    """Within this context, gates that see sequences average over tokens whose mask is not zero.
+
+    Models whose ``forward`` takes an ``attention_mask`` (B, S) need no such context: they set it
+    themselves. Layers whose input is not (B, S, D) average over all tokens. A backward pass that
+    runs forward passes again (gradient checkpointing) has to be inside the context, too.
+
+    Parameters
+    ----------
+    mask_BS : Tensor or None
+        Nonzero for tokens that count; None for all.
+    """
+    _MASKS.set((*_MASKS.get(), mask_BS))
+    try:
+        yield
+    finally:
+        _MASKS.set(_MASKS.get()[:-1])
+
+
+def mean_over_tokens(x: Tensor) -> Tensor:
+    """Average (B, ..., D) to (B, D), over the tokens of the mask in force where it fits."""
+    mask_BS = (_MASKS.get() or (None,))[-1]
+    if mask_BS is None or mask_BS.shape != x.shape[:-1]:
+        return x.flatten(1, -2).mean(1)
+    weight_BS1 = (mask_BS != 0).to(x.dtype).unsqueeze(-1)
+    # A sample of padding alone has no mean; zero is as good an answer as any.
+    return (x * weight_BS1).sum(1) / weight_BS1.sum(1).clamp(min=1)
+
+
+def follow_attention_mask(model: nn.Module) -> None:
+    """Make the outermost modules that take an ``attention_mask`` set it as the token mask."""
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        model.register_forward_pre_hook(_enter, with_kwargs=True)
+        model.register_forward_hook(_leave, always_call=True)
+    else:
+        for child in model.children():
+            follow_attention_mask(child)
+
+
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    position = list(inspect.signature(module.forward).parameters).index("attention_mask")
+    mask = kwargs.get("attention_mask", args[position] if len(args) > position else None)
+    known = _MASKS.get()
+    _MASKS.set((*known, mask if isinstance(mask, Tensor) else (known or (None,))[-1]))
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    _MASKS.set(_MASKS.get()[:-1])

@@ -219,19 +219,8 @@ def _layer(
     keys: dict[str, tuple[str, ...]],
     specs: dict[str, TensorSpec],
 ) -> PeftLayer:
-    return PeftLayer(
-        block=block,
-        experts=block,
-        gate="",
-        num_experts=num_experts,
-        fused=fused,
-        parts=specs,
-        gate_rows=(),
-        router="",
-        family="",
-        child="",
-        keys=keys,
-    )
+    """Describe experts without a gate, and so without rows, router and family."""
+    return PeftLayer(block, block, "", num_experts, fused, specs, (), "", "", "", keys)
 
 
 def _specs(state: Mapping[str, Any], keys: Mapping[str, Sequence[str]]) -> dict[str, TensorSpec]:

@@ -13,8 +13,8 @@ from torch import nn
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# Fields of a LoraConfig that mixtures follow, and those that say nothing about the adapter.
-FOLLOWED = {
+# Fields of a LoraConfig that mixtures follow, then those that say nothing about the adapter.
+KNOWN_FIELDS = {
     "r",
     "target_modules",
     "exclude_modules",
@@ -27,8 +27,6 @@ FOLLOWED = {
     "layers_pattern",
     "rank_pattern",
     "alpha_pattern",
-}
-INDIFFERENT = {
     "task_type",
     "peft_type",
     "auto_mapping",
@@ -175,7 +173,7 @@ def _check_config(config: LoraConfig) -> None:
     usual = lora.LoraConfig()
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name not in FOLLOWED | INDIFFERENT and value != getattr(usual, field.name):
+        if field.name not in KNOWN_FIELDS and value != getattr(usual, field.name):
             raise ValueError(
                 f"{field.name} is {value!r}, expected {getattr(usual, field.name)!r}: "
                 "LoRA experts do not support it"

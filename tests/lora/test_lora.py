@@ -19,15 +19,15 @@ from transformers import (
 )
 
 from flwr_moe.experts import ExpertLayout, gate_inputs, restricted_gate
-from flwr_moe.lora import layer as lora_layer_module
-from flwr_moe.lora import sites as lora_sites_module
-from flwr_moe.lora.build import (
+from flwr_moe.lora import (
     FINGERPRINT,
     LoRAExpertsLinear,
     add_lora_experts,
     shared_base,
     token_mask,
 )
+from flwr_moe.lora import layer as lora_layer_module
+from flwr_moe.lora import sites as lora_sites_module
 
 IDS = torch.randint(0, 40, (3, 5), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])

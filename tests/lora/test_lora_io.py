@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from flwr_moe.experts import ExpertLayout
-from flwr_moe.lora.build import LoRAExpertsLinear, add_lora_experts
-from flwr_moe.lora.io import from_peft, load_experts, save_experts
+from flwr_moe.lora import (
+    LoRAExpertsLinear,
+    add_lora_experts,
+    from_peft,
+    load_experts,
+    save_experts,
+)
 
 IDS = torch.randint(0, 40, (3, 5), generator=torch.Generator().manual_seed(1))
 
@@ -183,4 +188,4 @@ def test_saving_changes_nothing(tmp_path: Path) -> None:
     before = copy.deepcopy(model.state_dict())
     save_experts(model, tmp_path)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
-    assert model.lora_mixture.config.inference_mode is False
+    assert model.lora_mixture.sites.config.inference_mode is False

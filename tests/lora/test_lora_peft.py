@@ -11,7 +11,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from flwr_moe.lora.peft import fused_peft_layout, peft_layout
+from flwr_moe.lora import fused_peft_layout, peft_layout
 
 NAMES = ["expert_0", "expert_1", "expert_2"]
 FUSED = "base_model.model.model.layers.{}.mlp.experts"
