@@ -2,8 +2,8 @@
 
     python benchmarks/lines.py [FOLDER]
 
-Prints one JSON line; ``isinstance`` counts its uses on classes of this package in ``strategies`` and
-``client_apps``.
+Prints one JSON line; ``isinstance`` counts its uses on classes of this package in the rooms
+``strategies`` and ``client_apps``.
 """
 
 from __future__ import annotations
