@@ -12,7 +12,7 @@ from flwr_moe.app.build_task import build_task
 from flwr_moe.app.config import Settings
 from flwr_moe.app.emo_system import emo_tail, overlay_nodes
 from flwr_moe.client_apps import build_client_app
-from flwr_moe.client_apps.training import partition_of
+from flwr_moe.client_apps.node import partition_of
 from flwr_moe.tasks import Task
 
 

@@ -11,8 +11,9 @@ from flwr.clientapp import ClientApp
 from flwr_moe.client_apps.emo import ModelFn, overlay_mod, register_overlay
 from flwr_moe.client_apps.ems_fl.training import register_expert_training
 from flwr_moe.client_apps.fedmoe_da.mod import personal_mod
+from flwr_moe.client_apps.node import partition_of
 from flwr_moe.client_apps.split.training import register_split_training
-from flwr_moe.client_apps.training import TaskFn, partition_of, register_training
+from flwr_moe.client_apps.training import TaskFn, register_training
 from flwr_moe.client_apps.wire_mod import wire_mod
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.network.nodes import ROLL_CALL_ACTION, roll_call_reply

@@ -13,9 +13,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from flwr_moe.client_apps.fedmoe_da.peers import Access, exchange_client, own_exchange
-from flwr_moe.client_apps.training import partition_of
+from flwr_moe.client_apps.node import (
+    Access,
+    ClientAppCallable,
+    Mod,
+    exchange_client,
+    own_exchange,
+    partition_of,
+)
 from flwr_moe.exchange import ExchangeClient, TensorStore
+from flwr_moe.messages.exchange import ExchangeAccess
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import EXCHANGE_URL
 from flwr_moe.network.traffic import ACTIVATION_BYTES, EXCHANGES
@@ -40,8 +47,6 @@ STATE = "trainee"
 
 ModelFn = Callable[[Context], nn.Module]
 DataFn = Callable[[Context], Samples]
-ClientAppCallable = Callable[[Message, Context], Message]
-Mod = Callable[[Message, Context, ClientAppCallable], Message]
 
 
 def overlay_mod(model_of: ModelFn, data_of: DataFn) -> Mod:
@@ -107,10 +112,11 @@ def send_activations(
     config = message.content.config_records[ACTIVATIONS]
     front = split_model(model, str(config["tap"]), data.x[:1]).client
     front.load_state_dict(message.content.array_records[FRONT].to_torch_state_dict())
+    asked = ExchangeAccess.from_record(config)
     partition, version = partition_of(context), _whole(config, "version")
     seed = _whole(config, "seed") * 1_000_003 + version * 1009 + partition
     generator = torch.Generator().manual_seed(seed % 2**63)
-    client = exchange_client(str(config[EXCHANGE_URL]), Access.of(context, config))
+    client = exchange_client(str(config[EXCHANGE_URL]), Access.of(context, asked))
     mailbox, sent = str(config["mailbox"]), 0
     for part, begin in enumerate(range(0, len(data), SAMPLES_A_BLOCK)):
         end = min(begin + SAMPLES_A_BLOCK, len(data))
@@ -204,9 +210,10 @@ def train_tail(message: Message, context: Context, tail: nn.Module) -> Message:
         disk_bytes=_whole(config, "disk-bytes") or None,
         versions=_whole(config, "versions") or None,
     )
+    asked = ExchangeAccess.from_record(config)
     cache.latest = max(cache.latest, _whole(config, "latest"))
     with closing(cache), closing(TensorStore(folder / "tail", durable=False)) as store:
-        client = exchange_client(own_exchange(context, config), Access.of(context, config))
+        client = exchange_client(own_exchange(context, asked), Access.of(context, asked))
         told = dict(zip(_wholes(config, "devices"), _wholes(config, "told"), strict=True))
         refused = take_in(cache, client, str(config["mailbox"]), told)
         trainee = Trainee(tail, recipe_of(config))

@@ -10,6 +10,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from flwr_moe.client_apps.node import partition_of
 from flwr_moe.messages.training import (
     ARRAYS,
     CONFIG,
@@ -25,23 +26,6 @@ from flwr_moe.training.loop import Transform
 from flwr_moe.training.precision import as_sent, prepare
 
 TaskFn = Callable[[Context], Task]
-
-
-def partition_of(context: Context) -> int:
-    """Return the node's partition id.
-
-    Raises
-    ------
-    ValueError
-        If the node was started without ``partition-id`` in its node config.
-    """
-    value = context.node_config.get("partition-id")
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(
-            f"node config 'partition-id' is {value!r}, expected a whole number from 0 "
-            "(flower-supernode --node-config 'partition-id=0 num-partitions=…')"
-        )
-    return value
 
 
 def train_by_order(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from flwr.app import Context, Message, RecordDict
 
+from flwr_moe.client_apps.node import ClientAppCallable
 from flwr_moe.network.wire_dtype import WIRE_RECORD, check_wire_dtype, decode, encode
 
 
-def wire_mod(
-    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
-) -> Message:
+def wire_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Give the function float32, and send its reply in the dtype that the message asks for.
 
     The counterpart of :func:`~flwr_moe.network.wire_grid.with_wire_dtype`. It is to be the first

@@ -12,8 +12,10 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from flwr_moe.client_apps.fedmoe_da.peers import Access, PeerExchange, own_exchange
+from flwr_moe.client_apps.fedmoe_da.peers import PeerExchange
+from flwr_moe.client_apps.node import Access, own_exchange
 from flwr_moe.exchange import ExchangeError, ExchangeServer, TensorStore
+from flwr_moe.messages.exchange import ExchangeAccess
 from tests.conftest import TOKEN
 
 RUN = 7
@@ -209,17 +211,20 @@ def test_bad_messages_are_named(changes: dict[str, Any], text: str) -> None:
 
 
 def test_the_node_config_goes_before_the_message() -> None:
-    config = config_of(exchange_url="http://b")
-    assert own_exchange(context_of(exchange_url="http://a"), config) == "http://a"
-    assert own_exchange(context_of(), config) == "http://b"
+    asked = ExchangeAccess(exchange_url="http://b")
+    assert own_exchange(context_of(exchange_url="http://a"), asked) == "http://a"
+    assert own_exchange(context_of(), asked) == "http://b"
     with pytest.raises(ValueError, match=r"node config 'exchange-url' is not set.*flwr-moe serve"):
-        own_exchange(context_of(), config_of(exchange_url=""))
+        own_exchange(context_of(), ExchangeAccess())
 
 
 def test_access_is_read_from_message_and_node_config() -> None:
     context = context_of(exchange_ca="ca.pem", exchange_cert="me.crt", exchange_key="me.key")
-    assert Access.of(context, config_of()) == Access(TOKEN, 0.3, "ca.pem", "me.crt", "me.key")
-    assert Access.of(context_of(), ConfigRecord()) == Access("", 5.0, "", "", "")
+    asked = ExchangeAccess.from_record(config_of())
+    assert Access.of(context, asked) == Access(TOKEN, 0.3, "ca.pem", "me.crt", "me.key")
+    assert Access.of(context_of(), ExchangeAccess.from_record(ConfigRecord())) == Access(
+        "", 5.0, "", "", ""
+    )
 
 
 def test_certificates_that_cannot_be_read_are_named() -> None:

@@ -9,7 +9,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import nn
 
 from flwr_moe.client_apps import TrainOrder, build_client_app
-from flwr_moe.client_apps.training import partition_of, train_by_order
+from flwr_moe.client_apps.node import partition_of
+from flwr_moe.client_apps.training import train_by_order
 from flwr_moe.network import profile_from_reply
 from flwr_moe.network.nodes import ROLL_CALL_TYPE, NodeProfile
 from flwr_moe.training import Samples, accuracy_and_loss, predict

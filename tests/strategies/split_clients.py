@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flwr_moe.client_apps.fedmoe_da.mod import Mod
+from flwr_moe.client_apps.node import Mod
 from flwr_moe.client_apps.split.training import train_half
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.network import FixedLinks, SimulatedGrid, answer_roll_call
@@ -122,7 +122,8 @@ def run_fedavg(
     rounds: int, num_clients: int = 3, config: dict[str, Any] | None = None
 ) -> dict[str, Tensor]:
     """The same training of the whole model by Flower's own FedAvg, on the same batches."""
-    from flwr_moe.client_apps.training import partition_of, train_by_order
+    from flwr_moe.client_apps.node import partition_of
+    from flwr_moe.client_apps.training import train_by_order
     from flwr_moe.messages.training import TrainFigures, TrainOrder, train_reply
 
     app = ClientApp()

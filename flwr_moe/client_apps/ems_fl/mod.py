@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from flwr_moe.client_apps.ems_fl.training import TRAINED_SHARED, experts_in, remember_shared
+from flwr_moe.client_apps.node import ClientAppCallable, Mod
 from flwr_moe.experts import ExpertLayout, restricted_gate
 from flwr_moe.experts.families import family_named
 from flwr_moe.experts.moe_layer import MoELayer
 from flwr_moe.network.wire_dtype import state_of, to_record
 from flwr_moe.training.precision import as_sent
-
-ClientAppCallable = Callable[[Message, Context], Message]
-Mod = Callable[[Message, Context, ClientAppCallable], Message]
 
 CLOSED_GATE = -1e9
 """Gate bias of an expert that is not on this device: its probability is zero."""

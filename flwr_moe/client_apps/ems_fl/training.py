@@ -12,7 +12,8 @@ from flwr_moe.client_apps.ems_fl.gate_report import (
     own_model,
     remember_shared,
 )
-from flwr_moe.client_apps.training import TaskFn, partition_of, train_by_order
+from flwr_moe.client_apps.node import partition_of
+from flwr_moe.client_apps.training import TaskFn, train_by_order
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.messages.training import TrainFigures, TrainOrder, train_reply
 from flwr_moe.network.wire_dtype import state_of, to_record

@@ -13,16 +13,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from torch import Tensor
 
 from flwr_moe.client_apps.fedmoe_da.peers import Expert, PeerExchange
-from flwr_moe.client_apps.training import partition_of
+from flwr_moe.client_apps.node import ClientAppCallable, Mod, partition_of
 from flwr_moe.exchange import RefusedByServer
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.layout import PART_NAME, part_name
 from flwr_moe.experts.mixing import ExpertSet, mix_experts, plan_from_config, split_state
 from flwr_moe.network.traffic import PEER_BYTES
 from flwr_moe.network.wire_dtype import state_of, to_record
-
-ClientAppCallable = Callable[[Message, Context], Message]
-Mod = Callable[[Message, Context, ClientAppCallable], Message]
 
 PERSONAL = "fedmoe-da.personal"
 """Config key that marks a message of FedMoE-DA: name prefixes of tensors that stay with clients."""

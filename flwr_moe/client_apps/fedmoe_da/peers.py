@@ -3,86 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from logging import WARNING
 
 from flwr.app import ConfigRecord, Context
 from torch import Tensor
 
+from flwr_moe.client_apps.node import Access, exchange_client, own_exchange
 from flwr_moe.exchange import ExchangeClient, ExchangeError, Unreachable
+from flwr_moe.messages.exchange import ExchangeAccess
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.network.nodes import EXCHANGE_URL
 from flwr_moe.network.wire_dtype import check_wire_dtype, halved
 
 Expert = dict[str, Tensor]
 FULL = ".full"
-
-
-@dataclass(frozen=True)
-class Access:
-    """How a node gets at exchanges.
-
-    Attributes
-    ----------
-    token : str
-        For all exchanges of the run.
-    timeout_s : float
-        Seconds without an answer after which an exchange counts as silent.
-    ca_file : str
-        Certificates that those of the exchanges must be signed by; empty for the usual ones.
-    cert_file, key_file : str
-        The node's own certificate and its key, where exchanges ask for one; else empty.
-    """
-
-    token: str
-    timeout_s: float
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
-
-    @classmethod
-    def of(cls, context: Context, config: ConfigRecord) -> Access:
-        """Read a message's token and timeout, and the files the node config names."""
-        timeout = config.get("exchange-timeout-s", 5.0)
-        files = [
-            str(context.node_config.get(f"exchange-{kind}", "")) for kind in ("ca", "cert", "key")
-        ]
-        return cls(
-            str(config.get("exchange-token", "")),
-            float(timeout) if isinstance(timeout, int | float) else 5.0,
-            *files,
-        )
-
-
-@lru_cache(maxsize=64)
-def exchange_client(url: str, access: Access) -> ExchangeClient:
-    """Return this process's client for an exchange; its connection is kept open."""
-    return ExchangeClient(
-        url,
-        access.token,
-        timeout_s=access.timeout_s,
-        retries=1,
-        verify=access.ca_file or None,
-        cert=(access.cert_file, access.key_file) if access.cert_file else None,
-    )
-
-
-def own_exchange(context: Context, config: ConfigRecord) -> str:
-    """Return the address of a node's exchange.
-
-    Raises
-    ------
-    ValueError
-        If neither the node config nor the message names one.
-    """
-    url = str(context.node_config.get(EXCHANGE_URL) or config.get(EXCHANGE_URL) or "")
-    if not url:
-        raise ValueError(
-            f"node config '{EXCHANGE_URL}' is not set, expected the address of this node's "
-            "exchange (start one with flwr-moe serve)"
-        )
-    return url
 
 
 class PeerExchange:
@@ -121,10 +54,11 @@ class PeerExchange:
         versions = _ints(config, "peer-versions")
         if not isinstance(urls, list) or not len(peers) == len(urls) == len(versions):
             raise ValueError("'peers', 'peer-urls' and 'peer-versions' differ in length")
+        asked = ExchangeAccess.from_record(config)
         self._urls = {peer: str(url) for peer, url in zip(peers, urls, strict=True)}
         self._versions = dict(zip(peers, versions, strict=True))
-        self._urls[partition_id] = own_exchange(context, config)
-        self._access = Access.of(context, config)
+        self._urls[partition_id] = own_exchange(context, asked)
+        self._access = Access.of(context, asked)
         self._dtype = str(config.get("peer-dtype", "float32"))
         check_wire_dtype(self._dtype, "peer-dtype")
         self._silent: set[str] = set()

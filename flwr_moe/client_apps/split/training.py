@@ -12,11 +12,12 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flwr_moe.client_apps.node import partition_of
 from flwr_moe.client_apps.split.link import CutLink, small_labels
 from flwr_moe.client_apps.split.ushape import train_both_ends
 from flwr_moe.client_apps.split.ushape_link import UShapeLink
 from flwr_moe.client_apps.split.visit import Visit, read_float, run_batches
-from flwr_moe.client_apps.training import TaskFn, partition_of
+from flwr_moe.client_apps.training import TaskFn
 from flwr_moe.split.session import LossFn
 from flwr_moe.split.step import adam, clip_gradient, cross_entropy_over_labels, send_back
 from flwr_moe.training import Samples

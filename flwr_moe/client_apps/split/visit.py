@@ -9,11 +9,11 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from flwr_moe.client_apps.fedmoe_da.peers import Access, exchange_client
+from flwr_moe.client_apps.node import Access, exchange_client, partition_of
 from flwr_moe.client_apps.split.link import CutLink
 from flwr_moe.client_apps.split.ushape_link import UShapeLink
-from flwr_moe.client_apps.training import partition_of
 from flwr_moe.exchange import Unreachable
+from flwr_moe.messages.exchange import ExchangeAccess
 from flwr_moe.messages.training import TrainOrder
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import EXCHANGE_URL
@@ -96,7 +96,9 @@ class Visit:
         if self.kept and output is not None:
             facts["kept"] = shape_text(self.kept.indices[output.name])
         key = CodecKey(read_int(self.config, "seed"), self.round, 0, self.partition, "activation")
-        exchange = exchange_client(url, Access.of(self.context, self.config))
+        exchange = exchange_client(
+            url, Access.of(self.context, ExchangeAccess.from_record(self.config))
+        )
         if self.ushape is None:
             return CutLink(exchange, self.codecs, key, facts)
         return UShapeLink(exchange, self.codecs, key, facts, top_codecs=self.top_codecs)
