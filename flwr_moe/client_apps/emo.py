@@ -26,10 +26,9 @@ from flwr_moe.messages.exchange import ExchangeAccess
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import EXCHANGE_URL
 from flwr_moe.network.traffic import ACTIVATION_BYTES, EXCHANGES
-from flwr_moe.overlay.block import decode, encode
+from flwr_moe.overlay.block import at_tap, decode, encode
 from flwr_moe.overlay.cache import ReplayCache
 from flwr_moe.overlay.tails import check_tail
-from flwr_moe.overlay.tap import at_tap
 from flwr_moe.overlay.training import Recipe, Trainee
 from flwr_moe.split.cut import split_model
 from flwr_moe.training.samples import Samples

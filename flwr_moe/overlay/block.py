@@ -1,4 +1,4 @@
-"""Activations of one device as bytes: codes of 8 bits, one scale per channel, and the labels."""
+"""What a model hands on at the tap, and as bytes: codes of 8 bits, a scale per channel, labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flwr_moe.overlay.tap import channels_first, stored_shape
 from flwr_moe.split.quantise import Quantised, dequantise, num_levels, quantise
 
 BITS = 8
@@ -83,7 +82,8 @@ def encode(x: Tensor, samples: Tensor, labels: Tensor, generator: torch.Generato
             f"activations have shape {tuple(x.shape)}, with {len(samples)} samples and "
             f"{len(labels)} labels, expected as many rows and at least two dimensions"
         )
-    turned = channels_first(x.detach()).contiguous()
+    # Of tokens (N, T, D) the channels are last.
+    turned = (x.movedim(-1, 1) if x.ndim == 3 else x).detach().contiguous()
     codes, scale, signed = quantise(turned, BITS, generator, "channel")
     offset = num_levels(BITS, signed=True) if signed else 0
     values = (codes + offset).to(torch.uint8)
@@ -117,7 +117,8 @@ def decode(
             raise ValueError(f"activations lack the tensor {name!r}")
         if tensors[name].dtype != dtype:
             raise ValueError(f"{name!r} is of {tensors[name].dtype}, expected {dtype}")
-    count, stored = len(tensors["labels"]), stored_shape(shape)
+    count = len(tensors["labels"])
+    stored = (shape[-1], *shape[:-1]) if len(shape) == 2 else tuple(shape)
     expected = {
         "values": (count, *stored),
         "scale": (stored[0],),
@@ -138,12 +139,31 @@ def decode(
     return Block(values, scale, samples, labels, metadata["signed"] == "1")
 
 
+def at_tap(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return the activation of what a front gives, with tokens that are padding set to zero.
+
+    Parameters
+    ----------
+    output : Tensor or tuple of Tensor
+        The activation (B, ...), or that and what else crosses there. A mask (B, T) of bool besides
+        an activation (B, T, D) says which tokens count.
+
+    Returns
+    -------
+    Tensor
+        (B, ...).
+    """
+    if isinstance(output, Tensor):
+        return output
+    activation, *others = output
+    for mask in others:
+        if activation.ndim == 3 and mask.dtype == torch.bool and mask.shape == activation.shape[:2]:
+            return activation * mask[:, :, None]
+    return activation
+
+
 def fingerprint(
-    run: int | str,
-    tap: str,
-    shape: Sequence[int],
-    num_classes: int,
-    model: Mapping[str, Sequence[int]],
+    run: int | str, tap: str, shape: Sequence[int], num_classes: int, front: Mapping[str, Tensor]
 ) -> str:
     """Name what activations belong to: a run, and the part of the model that made them.
 
@@ -157,18 +177,14 @@ def fingerprint(
         (C, ...) of one activation.
     num_classes : int
         Classes of the labels.
-    model : mapping of str to shape
-        Shapes of the tensors before the tap.
+    front : mapping of str to Tensor
+        State of the model before the tap; its names and shapes count.
 
     Returns
     -------
     str
         16 hexadecimal digits.
     """
-    said = [str(run), tap, list(shape), num_classes, sorted((k, list(v)) for k, v in model.items())]
+    shapes = sorted((key, list(tensor.shape)) for key, tensor in front.items())
+    said = [str(run), tap, list(shape), num_classes, shapes]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
-
-
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a state dict, for `fingerprint`."""
-    return {key: tuple(tensor.shape) for key, tensor in state.items()}

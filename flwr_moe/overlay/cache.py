@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +18,29 @@ from flwr_moe.exchange.body import unpack
 from flwr_moe.exchange.store import StoreFull
 from flwr_moe.exchange.store_disk import UNLIMITED
 from flwr_moe.overlay.block import Block, decode
-from flwr_moe.overlay.draws import Batch, Entry, Key, Rows
 
-_NAME = re.compile(r"d(\d+)\.v(\d+)\.b(\d+)")
+BALANCES = ("none", "class", "device", "both")
+Numbers = NDArray[np.int64]
+
+
+class Batch(NamedTuple):
+    """Activations that were drawn.
+
+    Attributes
+    ----------
+    x : Tensor
+        (B, C, ...) float32.
+    y : Tensor
+        (B,) int64: classes.
+    devices, versions, samples : array
+        (B,) where each one comes from.
+    """
+
+    x: Tensor
+    y: Tensor
+    devices: Numbers
+    versions: Numbers
+    samples: Numbers
 
 
 class ReplayCache:
@@ -83,8 +104,8 @@ class ReplayCache:
         self._store = TensorStore(
             folder, ram_bytes=ram_bytes, disk_bytes=disk_bytes, durable=durable
         )
-        self._entries: dict[Key, Entry] = {}
-        self._index: Rows | None = None
+        self._entries: dict[_Key, _Entry] = {}
+        self._index: _Rows | None = None
         for name in self._store.names():
             self._read_back(name, str(folder))
 
@@ -119,10 +140,10 @@ class ReplayCache:
         if not 0 <= version <= self.latest:
             raise ValueError(f"activations of version {version}, expected 0 to {self.latest}")
         decode(block.tensors(), block.metadata(""), self.shape, self.num_classes)
-        key = Key(version, device, part)
+        key = _Key(version, device, part)
         size = self._store_with_room(key, block)
         if size:
-            self._entries[key] = Entry(_copied(block.labels), _copied(block.samples))
+            self._entries[key] = _Entry.of(block)
             self._index = None
             self._drop_surplus(device)
         return size
@@ -149,7 +170,7 @@ class ReplayCache:
             if not self._entries:
                 raise ValueError("the replay cache is empty, expected activations to draw from")
             if self._index is None:
-                self._index = Rows(self._entries)
+                self._index = _Rows(self._entries)
             index = self._index
             rows = index.draw(size, rng, balance)
             x = self._gather(index, rows)
@@ -170,7 +191,7 @@ class ReplayCache:
         """
         told = self._store.stats()
         return {
-            "activations": sum(len(entry.labels) for entry in self._entries.values()),
+            "activations": len(self),
             "blocks": len(self._entries),
             "bytes": sum(self._store.size(key.name) for key in self._entries),
             "ram-bytes": told["ram_bytes"],
@@ -190,8 +211,8 @@ class ReplayCache:
 
     def _read_back(self, name: str, folder: str) -> None:
         """Take up a block that an earlier process left; damaged ones are counted by the store."""
-        match = _NAME.fullmatch(name)
-        if match is None:
+        key = _Key.of(name)
+        if key is None:
             raise ValueError(f"cache folder {folder}: holds {name!r}, which is no activation block")
         try:
             tensors, metadata = unpack(self._store.body(name), UNLIMITED, require_finite=False)
@@ -202,19 +223,16 @@ class ReplayCache:
                 f"cache folder {folder} is of another run or model: its fingerprint is "
                 f"{metadata.get('fingerprint')}, expected {self.fingerprint}; use an empty folder"
             )
-        device, version, part = map(int, match.groups())
         try:
             block = decode(tensors, metadata, self.shape, self.num_classes)
         except ValueError:
             self.counts["damaged"] += 1
             self._store.delete(name)
             return
-        self.latest = max(self.latest, version)
-        self._entries[Key(version, device, part)] = Entry(
-            _copied(block.labels), _copied(block.samples)
-        )
+        self.latest = max(self.latest, key.version)
+        self._entries[key] = _Entry.of(block)
 
-    def _store_with_room(self, key: Key, block: Block) -> int:
+    def _store_with_room(self, key: _Key, block: Block) -> int:
         while True:
             try:
                 return self._store.put(key.name, block.tensors(), block.metadata(self.fingerprint))
@@ -235,13 +253,13 @@ class ReplayCache:
             if key.version in held[: -self.versions]:
                 self._remove(key)
 
-    def _remove(self, key: Key) -> None:
+    def _remove(self, key: _Key) -> None:
         self._store.delete(key.name)
         del self._entries[key]
         self.counts["replaced"] += 1
         self._index = None
 
-    def _gather(self, index: Rows, rows: NDArray[np.int64]) -> Tensor | None:
+    def _gather(self, index: _Rows, rows: Numbers) -> Tensor | None:
         """Read rows block by block; None if a block turned out to be lost and was left out."""
         x = torch.empty((len(rows), *self.shape))
         blocks = index.block_of[rows]
@@ -261,5 +279,97 @@ class ReplayCache:
         return x
 
 
-def _copied(numbers: Tensor) -> NDArray[np.int64]:
-    return np.array(numbers.numpy(), dtype=np.int64)
+class _Key(NamedTuple):
+    """Which block; sorts by age, the oldest version first."""
+
+    version: int
+    device: int
+    part: int
+
+    @classmethod
+    def of(cls, name: str) -> _Key | None:
+        """Read a name in the store, None if it is that of no block."""
+        match = re.fullmatch(r"d(\d+)\.v(\d+)\.b(\d+)", name)
+        return cls(int(match[2]), int(match[1]), int(match[3])) if match else None
+
+    @property
+    def name(self) -> str:
+        """Name in the store."""
+        return f"d{self.device}.v{self.version}.b{self.part}"
+
+
+class _Entry(NamedTuple):
+    """What memory keeps of a block: labels and samples (N,); activations stay in the store."""
+
+    labels: Numbers
+    samples: Numbers
+
+    @classmethod
+    def of(cls, block: Block) -> _Entry:
+        """Copy both, so that the block's memory is let go."""
+        return cls(np.array(block.labels.numpy()), np.array(block.samples.numpy()))
+
+
+class _Rows:
+    """All rows of all blocks in order, to draw from.
+
+    Parameters
+    ----------
+    entries : mapping of _Key to _Entry
+        At least one.
+
+    Attributes
+    ----------
+    keys : list of _Key
+        Blocks, sorted.
+    block_of, row_of : array
+        Place in ``keys``, and row within the block, of every row.
+    labels, samples, devices, versions : array
+        What every row is.
+    """
+
+    def __init__(self, entries: Mapping[_Key, _Entry]) -> None:
+        self.keys = sorted(entries)
+        held = [entries[key] for key in self.keys]
+        sizes = [len(entry.labels) for entry in held]
+        self.block_of = np.repeat(np.arange(len(held)), sizes)
+        self.row_of = np.concatenate([np.arange(size) for size in sizes])
+        self.labels = np.concatenate([entry.labels for entry in held])
+        self.samples = np.concatenate([entry.samples for entry in held])
+        self.devices = np.repeat([key.device for key in self.keys], sizes)
+        self.versions = np.repeat([key.version for key in self.keys], sizes)
+        self._sums: dict[str, NDArray[np.float64]] = {}
+
+    def draw(self, size: int, rng: np.random.Generator, balance: str) -> Numbers:
+        """Draw rows (B,) with replacement; see `ReplayCache.draw`.
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of range.
+        """
+        if size < 1:
+            raise ValueError(f"size is {size}, expected at least 1")
+        if balance not in BALANCES:
+            raise ValueError(f"balance is {balance!r}, expected one of {', '.join(BALANCES)}")
+        if balance not in self._sums:
+            self._sums[balance] = np.cumsum(_weights(self.labels, self.devices, balance))
+        sums = self._sums[balance]
+        rows = np.searchsorted(sums, rng.random(size) * sums[-1], side="right")
+        # Rounding may carry the largest number drawn past the end.
+        return np.minimum(rows, len(sums) - 1)
+
+
+def _weights(labels: Numbers, devices: Numbers, balance: str) -> NDArray[np.float64]:
+    """How likely each row is, not normalised."""
+    if balance == "class":
+        return 1.0 / np.bincount(labels)[labels]
+    if balance == "device":
+        return 1.0 / np.bincount(devices)[devices]
+    if balance == "both":
+        pairs, cell, count = np.unique(
+            np.stack([labels, devices]), axis=1, return_inverse=True, return_counts=True
+        )
+        devices_with = np.bincount(pairs[0])
+        return 1.0 / count[cell.reshape(-1)] / devices_with[labels]
+    return np.ones(len(labels))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -59,23 +59,6 @@ Controller = Callable[[History], Decision]
 
 
 @dataclass(frozen=True)
-class EveryRound:
-    """Refresh after every round, for comparison.
-
-    Parameters
-    ----------
-    budget_bytes : int
-        Most bytes that refreshes may cost together; 0 for any.
-    """
-
-    budget_bytes: int = 0
-
-    def __call__(self, history: History) -> Decision:
-        """Decide; see `Decision`."""
-        return FixedPeriod(1, self.budget_bytes)(history)
-
-
-@dataclass(frozen=True)
 class FixedPeriod:
     """Refresh every so many rounds, whatever the model does, for comparison.
 
@@ -84,7 +67,7 @@ class FixedPeriod:
     period : int
         Rounds from one refresh to the next; the first is after as many.
     budget_bytes : int
-        As for `EveryRound`.
+        Most bytes that refreshes may cost together; 0 for any.
 
     Raises
     ------
@@ -108,6 +91,19 @@ class FixedPeriod:
 
 
 @dataclass(frozen=True)
+class EveryRound(FixedPeriod):
+    """Refresh after every round, for comparison.
+
+    Parameters
+    ----------
+    budget_bytes : int
+        As for `FixedPeriod`.
+    """
+
+    period: int = field(default=1, init=False)
+
+
+@dataclass(frozen=True)
 class Convergence:
     """Refresh often while the small model learns fast, ever less as it settles, then stop.
 
@@ -128,7 +124,7 @@ class Convergence:
         Round after which the last refresh is due in any case, such as the last of a run; 0 for
         none.
     budget_bytes : int
-        As for `EveryRound`; no refresh goes beyond it.
+        As for `FixedPeriod`; no refresh goes beyond it.
 
     Raises
     ------
@@ -197,9 +193,8 @@ class Convergence:
             return min(self.shortest * 2 ** len(history.refreshed), self.longest)
         share = max(known[-1], 0.0) / max(known)
         longest = self.longest / self.shortest
-        return min(
-            round(self.shortest * min(1 / share if share else longest, longest)), self.longest
-        )
+        stretch = min(1 / share, longest) if share else longest
+        return min(round(self.shortest * stretch), self.longest)
 
 
 def _smoothed(scores: Sequence[float]) -> list[float]:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flwr_moe.overlay.tap import at_tap
+from flwr_moe.overlay.block import at_tap
 
 STEPS = 200
 LEAST = 1e-9

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flwr_moe.overlay.draws import Batch
+from flwr_moe.overlay.cache import Batch
 from flwr_moe.split.step import quick_layout
 
 WARM_UP = 0.1

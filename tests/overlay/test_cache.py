@@ -15,7 +15,7 @@ from flwr_moe.overlay.block import Block, decode, encode, fingerprint
 from flwr_moe.overlay.cache import ReplayCache
 
 SHAPE = (3, 4, 4)
-MARK = fingerprint(7, "features.0", SHAPE, 4, {"conv.weight": (3, 3)})
+MARK = fingerprint(7, "features.0", SHAPE, 4, {"conv.weight": torch.zeros(3, 3)})
 
 
 def block(labels: list[int], value: float = 1.0, seed: int = 0, signed: bool = False) -> Block:
@@ -127,13 +127,15 @@ def test_what_was_on_disk_is_there_after_a_restart(tmp_path: Path) -> None:
     assert torch.equal(before.y, after.y)
 
 
-@pytest.mark.parametrize("change", [{"run": 8}, {"tap": "features.1"}, {"model": {"w": (3, 4)}}])
+@pytest.mark.parametrize(
+    "change", [{"run": 8}, {"tap": "features.1"}, {"front": {"w": torch.zeros(3, 4)}}]
+)
 def test_a_folder_of_another_run_or_model_is_refused(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     with closing(open_cache(tmp_path)) as cache:
         cache.put(0, 1, block([0, 1]))
-    given = {"run": 7, "tap": "features.0", "model": {"conv.weight": (3, 3)}, **change}
+    given = {"run": 7, "tap": "features.0", "front": {"conv.weight": torch.zeros(3, 3)}, **change}
     other = fingerprint(shape=SHAPE, num_classes=4, **given)
     with pytest.raises(ValueError, match=f"another run or model.*{MARK}, expected {other}"):
         open_cache(tmp_path, fingerprint=other)

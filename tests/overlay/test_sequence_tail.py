@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from flwr_moe.overlay.block import decode, encode
-from flwr_moe.overlay.draws import Batch
+from flwr_moe.overlay.block import at_tap, decode, encode
+from flwr_moe.overlay.cache import Batch
 from flwr_moe.overlay.ensemble import Ensemble
-from flwr_moe.overlay.sequence_tail import SequenceTail, sequence_tail
-from flwr_moe.overlay.tails import ParallelTails, build_tail, check_tail
-from flwr_moe.overlay.tap import at_tap
+from flwr_moe.overlay.tails import (
+    ParallelTails,
+    SequenceTail,
+    build_tail,
+    check_tail,
+    sequence_tail,
+)
 from flwr_moe.overlay.training import Recipe, Trainee
 
 

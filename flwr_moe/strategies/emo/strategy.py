@@ -17,7 +17,7 @@ from torch import nn
 from flwr_moe.client_apps.emo import tap_output
 from flwr_moe.network import SimulatedGrid
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.overlay.block import fingerprint, shapes_of
+from flwr_moe.overlay.block import fingerprint
 from flwr_moe.overlay.controller import Controller, Convergence
 from flwr_moe.overlay.ensemble import Ensemble
 from flwr_moe.overlay.tails import check_tail
@@ -162,8 +162,8 @@ class EMO(Strategy):
     @property
     def fingerprint(self) -> str:
         """What all activations of this run are marked with."""
-        shapes = shapes_of(self.front.state_dict())
-        return fingerprint(self.run_name, self.tap, self.shape, self.num_classes, shapes)
+        front = self.front.state_dict()
+        return fingerprint(self.run_name, self.tap, self.shape, self.num_classes, front)
 
     # --- Strategy's hooks: those of the base -------------------------------------
 
