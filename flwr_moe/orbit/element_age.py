@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flwr_moe.orbit.times import DAY_S, require_aware
+from flwr_moe.orbit.times import DAY_S, UNIX_EPOCH_JD, require_aware
 
 OLD_DAYS = 7.0
 VERY_OLD_DAYS = 14.0
@@ -17,7 +17,6 @@ MAX_DAYS = 3 * 365.25
 # What the sgp4 package states for elements in general; drag and manoeuvres add to it.
 DRIFT_KM_PER_DAY = (1.0, 3.0)
 ORBITAL_SPEED_KM_S = 7.5
-UNIX_EPOCH_JD = 2_440_587.5
 
 
 class ElementAgeWarning(UserWarning):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from flwr_moe.orbit.geometry import satellite_states
 from flwr_moe.orbit.table import Site
+from flwr_moe.orbit.trust import trusted_spans
 
 FloatArray = NDArray[np.float64]
 
@@ -39,10 +40,12 @@ def ground_tracks(
     -------
     tuple of arrays
         Geodetic latitude (to 0.01°) and longitude in degrees, height above the mean sphere in km,
-        each of shape (S, T); NaN where SGP4 fails.
+        each of shape (S, T); NaN where SGP4 fails, and beyond it as seen from the epoch.
     """
     position_km, _, errors = satellite_states(satellites, start, seconds)
-    x, y, z = np.where(errors == 0, position_km, np.nan)
+    spans = trusted_spans(satellites, start, float(np.max(seconds, initial=0.0)))
+    held = [(span.first_s <= seconds) & (seconds <= span.last_s) for span in spans]
+    x, y, z = np.where((errors == 0) & held, position_km, np.nan)
     across = np.hypot(x, y)
     radius = np.hypot(across, z)
     # The normal through the satellite meets the axis e² N below the centre; N is near a.

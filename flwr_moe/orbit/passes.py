@@ -18,6 +18,7 @@ from flwr_moe.orbit.geometry import dot, satellite_states, sine_elevation, site_
 from flwr_moe.orbit.search import CHUNK_TRIPLES, PEAK, RISE, SET, Block, Events, block_events
 from flwr_moe.orbit.table import PassTable, Site
 from flwr_moe.orbit.times import require_aware, utc_texts
+from flwr_moe.orbit.trust import Failure, trusted_spans
 
 FloatArray = NDArray[np.float64]
 
@@ -65,12 +66,16 @@ def find_passes(
     -------
     PassTable
         A pass under way at the start or end counts and is flagged; a satellite always visible has
-        one pass. A satellite whose SGP4 fails ends there, with a warning.
+        one pass. States are trusted only as long as SGP4 has not failed between the elements'
+        epoch and them; see `flwr_moe.orbit.trust`.
 
     Warns
     -----
     ElementAgeWarning
         When measured elements are more than 7 days from a searched moment; see `check_element_age`.
+    UserWarning
+        Once a satellite that SGP4 fails for (it has decayed, say) between the epoch and the end of
+        the search, with the moment: its passes end there; before the epoch they begin there.
 
     Raises
     ------
@@ -184,28 +189,46 @@ def _blocks(
 ) -> Iterator[Block]:
     """Cut the grid into blocks of `length` steps that share their border points.
 
-    Follows SGP4's failures: a satellite is gone from its first one on.
+    A satellite is searched where its states are trusted; what is cut off is warned of.
     """
-    alive = np.ones(len(satellites), dtype=bool)
+    spans = trusted_spans(satellites, start, float(time_s[-1]))
+    for name, span in zip(names, spans, strict=True):
+        if span.before or span.after:
+            _warn_of_failure(name, start, span.before, span.after)
+    begin = np.searchsorted(time_s, [span.first_s for span in spans], "left")
+    last = np.searchsorted(time_s, [span.last_s for span in spans], "right") - 1
     final = len(time_s) - 1
     for first in range(0, final, length):
         end = min(first + length, final)
         seconds = time_s[first : end + 1]
         position_km, velocity_km_s, errors = satellite_states(satellites, start, seconds)
-        failed = (errors != 0) | ~np.isfinite(position_km).all(axis=0)
-        valid = alive[:, None] & ~np.logical_or.accumulate(failed, axis=1)
-        last = np.full(len(satellites), end - first if end == final else -1)
-        for s in np.flatnonzero(alive & ~valid[:, -1]).tolist():
-            stop = int(np.argmin(valid[s]))
-            last[s] = stop - 1
-            (moment,) = utc_texts(start, seconds[stop : stop + 1])
+        index = np.arange(first, end + 1)
+        valid = (begin[:, None] <= index) & (index <= last[:, None])
+        # Leap seconds are not in the spans.
+        failed = valid & ((errors != 0) | ~np.isfinite(position_km).all(axis=0))
+        for s in np.flatnonzero(failed.any(axis=1)).tolist():
+            stop = int(np.argmax(failed[s]))
+            valid[s, stop:] = False
+            last[s] = first + stop - 1
             reason = SGP4_ERRORS.get(int(errors[s, stop]), "no finite position")
-            warnings.warn(
-                f"satellite {names[s]!r}: SGP4 fails at {moment} ({reason}); its passes end there",
-                stacklevel=3,
-            )
-        alive &= valid[:, -1]
-        yield Block(position_km, velocity_km_s, valid, last, seconds, opening=first == 0)
+            failure = Failure(seconds[stop - 1], seconds[stop], reason)
+            _warn_of_failure(names[s], start, None, failure)
+        # The border to the next block is the next block's.
+        own = index[-1] if end == final else index[-2]
+        begins, ends = (np.where(limit <= own, limit, -1) - first for limit in (begin, last))
+        yield Block(position_km, velocity_km_s, valid, begins, ends, seconds)
+
+
+def _warn_of_failure(
+    name: str, start: datetime, before: Failure | None, after: Failure | None
+) -> None:
+    """Say once a satellite from when to when its passes are searched, and why."""
+    parts = []
+    for failure, verdict in ((before, "begin after that"), (after, "end there")):
+        if failure is not None:
+            (moment,) = utc_texts(start, np.array([failure.bad_s]))
+            parts.append(f"SGP4 fails at {moment} ({failure.why}); its passes {verdict}")
+    warnings.warn(f"satellite {name!r}: {', and '.join(parts)}", stacklevel=4)
 
 
 def _table(

@@ -95,22 +95,20 @@ class Block:
     position_km, velocity_km_s
         Earth-fixed, shape (3, S, T).
     valid
-        Shape (S, T), False from a satellite's first failure on.
-    last
-        Shape (S,), index of the grid point where the search of a satellite ends, -1 when it goes on
-        in the next block.
+        Shape (S, T), True where a satellite's states are trusted: between `first` and `last`.
+    first, last
+        Shape (S,), index of the grid points where the search of a satellite begins and ends; they
+        may lie in another block.
     time_s
         Shape (T,), evenly spaced.
-    opening
-        True for the first block of a search.
     """
 
     position_km: FloatArray
     velocity_km_s: FloatArray
     valid: BoolArray
+    first: IntArray
     last: IntArray
     time_s: FloatArray
-    opening: bool
 
     @property
     def step_s(self) -> float:
@@ -206,11 +204,9 @@ def _node_events(
 
     parts = []
     visible = (height >= 0.0) & (np.arange(len(flat)) < own)
-    if block.opening:
-        n = np.flatnonzero(visible & (index == 0))
-        parts.append(Events.of(pair[n], block.time_s[index[n]], height[n], RISE, is_open=True))
-    n = np.flatnonzero(visible & (index == block.last[satellite]))
-    parts.append(Events.of(pair[n], block.time_s[index[n]], height[n], SET, is_open=True))
+    for kind, limit in ((RISE, block.first), (SET, block.last)):
+        n = np.flatnonzero(visible & (index == limit[satellite]))
+        parts.append(Events.of(pair[n], block.time_s[index[n]], height[n], kind, is_open=True))
 
     left = np.flatnonzero((flat[1:] == flat[:-1] + 1) & (index[1:] > 0))
     turns = (rate[left] > 0.0) != (rate[left + 1] > 0.0)

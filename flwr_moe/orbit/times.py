@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from skyfield.api import load
 
 DAY_S = 86_400.0
+UNIX_EPOCH_JD = 2_440_587.5
 
 
 @cache
