@@ -151,15 +151,6 @@ def mixing_matrix(gates_PD: ArrayLike, p: int, tau: float) -> NDArray[np.float64
     return a_PP / a_PP.sum(axis=1, keepdims=True)
 
 
-_COLUMNS = {
-    "layer": "mix-layer",
-    "expert": "mix-expert",
-    "peer": "mix-peer",
-    "peer_expert": "mix-peer-expert",
-    "weight": "mix-weight",
-}
-
-
 @dataclass(frozen=True)
 class Ingredient:
     """One expert that goes into another.
@@ -215,35 +206,6 @@ def mixing_plans(
                 for q in np.flatnonzero(a_PP[row])
             ]
     return plans
-
-
-def plan_to_config(plan: Sequence[Ingredient]) -> dict[str, list[int] | list[float]]:
-    """Write a plan as configuration: five lists of equal length by key."""
-    return {key: [getattr(i, name) for i in plan] for name, key in _COLUMNS.items()}
-
-
-def plan_from_config(config: Mapping[str, Any]) -> list[Ingredient]:
-    """Read the plan that `plan_to_config` wrote.
-
-    Raises
-    ------
-    ValueError
-        If a list is missing, of another length, or holds something else than numbers.
-    """
-    columns: list[list[Any]] = []
-    for key in _COLUMNS.values():
-        value = config.get(key)
-        if not isinstance(value, list):
-            raise ValueError(f"'{key}' is {value!r} in the message, expected a list of numbers")
-        if columns and len(value) != len(columns[0]):
-            raise ValueError(
-                f"'{key}' has {len(value)} entries in the message, expected {len(columns[0])}"
-            )
-        columns.append(value)
-    return [
-        Ingredient(int(layer), int(expert), int(peer), int(other), float(weight))
-        for layer, expert, peer, other, weight in zip(*columns, strict=True)
-    ]
 
 
 def mix(

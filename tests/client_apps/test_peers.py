@@ -16,6 +16,7 @@ from flwr_moe.client_apps.fedmoe_da.peers import PeerExchange
 from flwr_moe.client_apps.node import Access, own_exchange
 from flwr_moe.exchange import ExchangeError, ExchangeServer, TensorStore
 from flwr_moe.messages.exchange import ExchangeAccess
+from flwr_moe.messages.fedmoe_da import PeerOrder
 from tests.conftest import TOKEN
 
 RUN = 7
@@ -51,10 +52,10 @@ def context_of(**node_config: Any) -> Context:
     return Context(RUN, 1, config, RecordDict(), {})
 
 
-def config_of(**changes: Any) -> ConfigRecord:
+def order_of(**changes: Any) -> PeerOrder:
     order: dict[str, Any] = {"exchange-token": TOKEN, "exchange-timeout-s": 0.3}
     changed = {key.replace("_", "-"): value for key, value in changes.items()}
-    return ConfigRecord({**order, **changed})
+    return PeerOrder.from_record(ConfigRecord({**order, **changed}))
 
 
 def peers_at(*urls: str, versions: list[int] | None = None) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def expert(value: float) -> dict[str, torch.Tensor]:
 
 
 def exchange_at(url: str, partition: int = 0, **changes: Any) -> PeerExchange:
-    return PeerExchange(context_of(exchange_url=url), config_of(**changes), partition)
+    return PeerExchange(context_of(exchange_url=url), order_of(**changes), partition)
 
 
 def test_blobs_are_named_by_run_client_version_layer_and_expert(
@@ -201,8 +202,8 @@ def test_a_wrong_token_is_no_silence(exchange: ExchangeServer) -> None:
     [
         ({"peers": [1], "peer_urls": [], "peer_versions": [1]}, "differ in length"),
         ({"peers": [1], "peer_urls": ["http://a"], "peer_versions": []}, "differ in length"),
-        ({"peer_dtype": "int8"}, "peer-dtype is 'int8', expected one of float32"),
-        ({"peers": 1}, "'peers' is 1 in the message, expected a list of numbers"),
+        ({"peer_dtype": "int8"}, "'peer-dtype' is 'int8' in the message, expected one of float32"),
+        ({"peers": 1}, "'peers' is 1 in the message, expected a list of whole numbers"),
     ],
 )
 def test_bad_messages_are_named(changes: dict[str, Any], text: str) -> None:
@@ -220,8 +221,7 @@ def test_the_node_config_goes_before_the_message() -> None:
 
 def test_access_is_read_from_message_and_node_config() -> None:
     context = context_of(exchange_ca="ca.pem", exchange_cert="me.crt", exchange_key="me.key")
-    asked = ExchangeAccess.from_record(config_of())
-    assert Access.of(context, asked) == Access(TOKEN, 0.3, "ca.pem", "me.crt", "me.key")
+    assert Access.of(context, order_of()) == Access(TOKEN, 0.3, "ca.pem", "me.crt", "me.key")
     assert Access.of(context_of(), ExchangeAccess.from_record(ConfigRecord())) == Access(
         "", 5.0, "", "", ""
     )
@@ -229,6 +229,6 @@ def test_access_is_read_from_message_and_node_config() -> None:
 
 def test_certificates_that_cannot_be_read_are_named() -> None:
     context = context_of(exchange_url="https://127.0.0.1:9", exchange_ca="/no/such.pem")
-    mine = PeerExchange(context, config_of(), 0)
+    mine = PeerExchange(context, order_of(), 0)
     with pytest.raises(ValueError, match=r"verify is /no/such\.pem"):
         mine.publish(1, {(0, 0): expert(1)})

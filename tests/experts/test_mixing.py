@@ -16,8 +16,6 @@ from flwr_moe.experts.mixing import (
     mixing_matrix,
     mixing_plans,
     nearest,
-    plan_from_config,
-    plan_to_config,
     split_state,
 )
 from flwr_moe.tasks.models import MoEClassifier
@@ -202,24 +200,6 @@ def test_nobody_mixes_with_p_zero() -> None:
 
 def test_without_gates_there_are_no_plans() -> None:
     assert mixing_plans({}, p=3, tau=1.0) == {}
-
-
-def test_a_plan_survives_its_message() -> None:
-    plan = [Ingredient(0, 1, 4, 0, 0.25), Ingredient(2, 1, 5, 3, 0.75)]
-    assert plan_from_config(plan_to_config(plan)) == plan
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"mix-weight": [0.5]}, "'mix-weight' has 1 entries in the message, expected 2"),
-        ({"mix-peer": "4"}, "'mix-peer' is '4' in the message, expected a list of numbers"),
-    ],
-)
-def test_a_broken_plan_is_refused(change: dict[str, object], expected: str) -> None:
-    plan = plan_to_config([Ingredient(0, 1, 4, 0, 0.25), Ingredient(2, 1, 5, 3, 0.75)])
-    with pytest.raises(ValueError, match=expected):
-        plan_from_config({**plan, **change})
 
 
 def expert(value: float, gate: float) -> dict[str, torch.Tensor]:

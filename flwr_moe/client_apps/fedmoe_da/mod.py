@@ -7,28 +7,34 @@ FedAvg.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from flwr_moe.client_apps.fedmoe_da.peers import Expert, PeerExchange
+from flwr_moe.client_apps.fedmoe_da.peers import PeerExchange
 from flwr_moe.client_apps.node import ClientAppCallable, Mod, partition_of
 from flwr_moe.exchange import RefusedByServer
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.layout import PART_NAME, part_name
-from flwr_moe.experts.mixing import ExpertSet, mix_experts, plan_from_config, split_state
-from flwr_moe.network.traffic import PEER_BYTES
+from flwr_moe.experts.mixing import ExpertSet, mix_experts, split_state
+from flwr_moe.messages.base import read_value
+from flwr_moe.messages.fedmoe_da import (
+    EXPERTS,
+    GATE,
+    PERSONAL,
+    TRAINED_SHARED,
+    PeerFigures,
+    PeerOrder,
+    PersonalOrder,
+)
+from flwr_moe.messages.training import METRICS
 from flwr_moe.network.wire_dtype import state_of, to_record
 
-PERSONAL = "fedmoe-da.personal"
-"""Config key that marks a message of FedMoE-DA: name prefixes of tensors that stay with clients."""
 OWN_STATE = "flwr-moe.own"
 """Record of the node's state: its gate (unless averaged) and its personal tensors."""
 OWN_VERSION = "flwr-moe.own-version"
-TRAINED_SHARED = "trained-shared"
-"""Key of the shared tensors in a reply; not that of the message, which may bring all tensors."""
-PEER_LOST = "peer-lost"
 
 
 def personal_mod(
@@ -72,8 +78,8 @@ def personal_mod(
             return call_next(message, context)
         known = layout if isinstance(layout, ExpertLayout) else layout(context)
         visit = _Visit(known, context, config)
-        state, metrics = visit.arrive(sent, arrayrecord_key)
-        kept = {k: v for k, v in sent.items() if k not in (arrayrecord_key, "experts", "gate")}
+        state, figures = visit.arrive(sent, arrayrecord_key)
+        kept = {k: v for k, v in sent.items() if k not in (arrayrecord_key, EXPERTS, GATE)}
         message.content = RecordDict({arrayrecord_key: to_record(state), **kept})
         reply = call_next(message, context)
         if reply.has_error():
@@ -82,8 +88,8 @@ def personal_mod(
             raise ValueError(f"the reply has no ArrayRecord {arrayrecord_key!r}")
         trained = state_of(reply.content.array_records[arrayrecord_key])
         records = {k: v for k, v in reply.content.items() if k != arrayrecord_key}
-        told = next(iter(reply.content.metric_records), "metrics")
-        records[told] = MetricRecord({**reply.content.metric_records.get(told, {}), **metrics})
+        told = next(iter(reply.content.metric_records), METRICS)
+        records[told] = MetricRecord({**reply.content.metric_records.get(told, {}), **figures})
         reply.content = RecordDict({**records, **visit.leave(trained)})
         return reply
 
@@ -94,30 +100,22 @@ class _Visit:
     """One training message at one node."""
 
     def __init__(self, layout: ExpertLayout, context: Context, config: ConfigRecord) -> None:
-        self.layout = layout
-        self.context = context
-        self.config = config
-        self.relay = bool(config.get("relay", False))
-        self.mixes_gate = config.get("gate") == "mixed"
-        self.round = int(_scalar(config, "server-round"))
-        self.server_version = int(_scalar(config, "version"))
-        personal = config[PERSONAL]
-        self.personal = [str(prefix) for prefix in personal] if isinstance(personal, list) else []
-        versions = context.state.metric_records.get(OWN_VERSION, MetricRecord())
-        self.own_version = int(_scalar(versions, "version", 0)) or self.server_version
-        self._exchange: PeerExchange | None = None
+        self.layout, self.context, self.config = layout, context, config
+        self.order = PersonalOrder.from_record(config)
+        self.gates = {key for keys in layout.gate_rows for key in keys}
+        own = context.state.metric_records.get(OWN_VERSION, MetricRecord())
+        self.own_version = read_value(own, "version", int, default=0) or self.order.version
 
-    @property
+    @cached_property
     def exchange(self) -> PeerExchange:
-        if self._exchange is None:
-            self._exchange = PeerExchange(self.context, self.config, partition_of(self.context))
-        return self._exchange
+        order = PeerOrder.from_record(self.config)
+        return PeerExchange(self.context, order, partition_of(self.context))
 
     def arrive(self, sent: RecordDict, key: str) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return the full state to train from, and what to tell of the traffic."""
         rest = state_of(sent.array_records[key]) if key in sent.array_records else {}
         experts: ExpertSet = {}
-        if self.config.get("full", False):
+        if self.order.full:
             rest, experts = split_state(self.layout, rest)
         own = self.context.state.array_records.get(OWN_STATE)
         if own is not None:
@@ -125,34 +123,29 @@ class _Visit:
             rest |= state_of(own)
         elif not experts:
             raise ValueError("the node has lost its own tensors, the full model is needed")
-        if self.relay:
+        if self.order.relay:
             return self._join(rest, {**experts, **self._relayed(sent, rest)}), {}
         if self.own_version:
             experts = self._load_own(rest, experts)
-        plan = plan_from_config(self.config)
-        me = partition_of(self.context)
+        peers = self.exchange
         mixed, lost = mix_experts(
-            plan, experts, me, self.exchange.fetch if plan else _nobody, self.mixes_gate
+            peers.order.plan, experts, peers.partition_id, peers.fetch, self.order.gate == "mixed"
         )
-        metrics = {
-            PEER_BYTES: self.exchange.fetched_bytes if plan else 0,
-            PEER_LOST: lost,
-        }
-        return self._join(rest, mixed), metrics
+        return self._join(rest, mixed), PeerFigures(peers.fetched_bytes, lost).to_dict()
 
     def leave(self, state: Mapping[str, Tensor]) -> dict[str, ArrayRecord]:
         """Share what was trained, keep what stays, and return what goes to the server."""
         rest, experts = split_state(self.layout, state)
-        gates = {key for keys in self.layout.gate_rows for key in keys}
+        order = self.order
         stays = {
-            k
-            for k in rest
-            if k.startswith(tuple(self.personal))
-            or (k in gates and self.config.get("gate") != "average")
+            name: tensor
+            for name, tensor in rest.items()
+            if name.startswith(tuple(order.personal))
+            or (name in self.gates and order.gate != "average")
         }
         records = {}
-        if self.relay:
-            records["experts"] = to_record(
+        if order.relay:
+            records[EXPERTS] = to_record(
                 {
                     part_name(*where, name): tensor
                     for where, expert in experts.items()
@@ -161,34 +154,28 @@ class _Visit:
                 }
             )
         else:
-            self.exchange.publish(self.round, experts)
-            self.exchange.drop([self.server_version, self.own_version, self.round])
-        if self.relay or self.config.get("report-gates", False):
-            records["gate"] = to_record({key: rest[key] for key in rest if key in gates})
-        shared = {k: v for k, v in rest.items() if k not in stays}
-        if shared:
+            self.exchange.publish(order.server_round, experts)
+            self.exchange.drop([order.version, self.own_version, order.server_round])
+        if order.relay or order.report_gates:
+            records[GATE] = to_record({key: rest[key] for key in rest if key in self.gates})
+        if shared := {name: rest[name] for name in rest if name not in stays}:
             records[TRAINED_SHARED] = to_record(shared)
-        self.context.state[OWN_STATE] = to_record({k: v for k, v in rest.items() if k in stays})
-        self.context.state[OWN_VERSION] = MetricRecord({"version": self.round})
+        self.context.state[OWN_STATE] = to_record(stays)
+        self.context.state[OWN_VERSION] = MetricRecord({"version": order.server_round})
         return records
 
     def _relayed(self, sent: RecordDict, rest: Mapping[str, Tensor]) -> ExpertSet:
         """Experts the server has mixed, with their gate rows if it mixes those too."""
-        came = sent.array_records.get("experts")
-        if came is None:
-            return {}
-        gates = sent.array_records.get("gate")
-        rows = {**rest, **(state_of(gates) if gates else {})}
+        records = sent.array_records
+        rows = {**rest, **(state_of(records[GATE]) if GATE in records else {})}
         experts: ExpertSet = {}
-        for name, tensor in state_of(came).items():
+        for name, tensor in (state_of(records[EXPERTS]) if EXPERTS in records else {}).items():
             match = PART_NAME.fullmatch(name)
             if match is None:
                 raise ValueError(f"the message has an unknown expert tensor {name!r}")
-            where = int(match[1]), int(match[2])
-            experts.setdefault(where, {})[match[3]] = tensor
-        for (layer, e), expert in experts.items():
-            for i, key in enumerate(self.layout.gate_rows[layer]):
-                expert[f"gate.{i}"] = rows[key][e]
+            experts.setdefault((int(match[1]), int(match[2])), {})[match[3]] = tensor
+        for where, expert in experts.items():
+            expert |= self._gate_rows(rows, *where)
         return experts
 
     def _load_own(self, rest: Mapping[str, Tensor], started: ExpertSet) -> ExpertSet:
@@ -197,40 +184,31 @@ class _Visit:
         for layer, count in enumerate(self.layout.layers):
             for e in range(count):
                 try:
-                    expert: Expert = self.exchange.own(self.own_version, layer, e)
+                    expert = self.exchange.own(self.own_version, layer, e)
                 except RefusedByServer:
                     if not started:
                         raise
                     # Its store is empty: it starts over with the model it was sent.
                     expert = started[layer, e]
-                if not self.config.get("full", False):
-                    for i, key in enumerate(self.layout.gate_rows[layer]):
-                        expert[f"gate.{i}"] = rest[key][e]
+                if not self.order.full:
+                    expert |= self._gate_rows(rest, layer, e)
                 experts[layer, e] = expert
         return experts
 
+    def _gate_rows(self, rest: Mapping[str, Tensor], layer: int, expert: int) -> dict[str, Tensor]:
+        keys = self.layout.gate_rows[layer]
+        return {f"gate.{i}": rest[key][expert] for i, key in enumerate(keys)}
+
     def _join(self, rest: Mapping[str, Tensor], experts: ExpertSet) -> dict[str, Tensor]:
         """Put shared and own tensors and experts together; gate rows come with the experts."""
-        whole = dict(rest)
-        part = {}
+        whole, part = dict(rest), {}
         for layer, keys in enumerate(self.layout.gate_rows):
             ids = range(self.layout.layers[layer])
-            for i, key in enumerate(keys):
-                if self.config.get("gate") != "average":
+            if self.order.gate != "average":
+                for i, key in enumerate(keys):
                     whole[key] = torch.stack([experts[layer, e][f"gate.{i}"] for e in ids])
             for e in ids:
                 for name in self.layout.moe_layers[layer].parts:
                     part[part_name(layer, e, name)] = experts[layer, e][name]
         every = {layer: list(range(n)) for layer, n in enumerate(self.layout.layers)}
         return self.layout.to_submodel_state(whole, part, every)
-
-
-def _nobody(peer: int, layer: int, expert: int) -> Expert | None:
-    return None
-
-
-def _scalar(record: Mapping[str, object], key: str, default: float | None = None) -> float:
-    value = record.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"'{key}' is {value!r} in the message, expected a number")
-    return value

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from logging import WARNING
 
-from flwr.app import ConfigRecord, Context
+from flwr.app import Context
 from torch import Tensor
 
 from flwr_moe.client_apps.node import Access, exchange_client, own_exchange
 from flwr_moe.exchange import ExchangeClient, ExchangeError, Unreachable
-from flwr_moe.messages.exchange import ExchangeAccess
+from flwr_moe.messages.fedmoe_da import PeerOrder
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.network.wire_dtype import check_wire_dtype, halved
+from flwr_moe.network.wire_dtype import halved
 
 Expert = dict[str, Tensor]
 FULL = ".full"
@@ -30,37 +30,29 @@ class PeerExchange:
     context : Context
         Of the node; ``exchange-url`` of its node config is the address of its own exchange,
         ``exchange-ca``, ``exchange-cert`` and ``exchange-key`` are files with certificates.
-    config : ConfigRecord
-        Of the message: ``exchange-token``, ``exchange-timeout-s``, and where the node config says
-        nothing ``exchange-url``; ``peers``, ``peer-urls`` and ``peer-versions``; ``peer-dtype``,
-        the dtype that float32 experts travel in (gate rows stay as they are).
+    order : PeerOrder
+        What the message says of peers.
     partition_id : int
         Of the node.
 
     Raises
     ------
     ValueError
-        If there is no exchange to publish to, or ``peer-dtype`` is unknown.
+        If there is no exchange to publish to.
 
     Notes
     -----
     Source: ours.
     """
 
-    def __init__(self, context: Context, config: ConfigRecord, partition_id: int) -> None:
+    def __init__(self, context: Context, order: PeerOrder, partition_id: int) -> None:
         self.partition_id = partition_id
+        self.order = order
         self.run_id = context.run_id
-        peers, urls = _ints(config, "peers"), config.get("peer-urls", [])
-        versions = _ints(config, "peer-versions")
-        if not isinstance(urls, list) or not len(peers) == len(urls) == len(versions):
-            raise ValueError("'peers', 'peer-urls' and 'peer-versions' differ in length")
-        asked = ExchangeAccess.from_record(config)
-        self._urls = {peer: str(url) for peer, url in zip(peers, urls, strict=True)}
-        self._versions = dict(zip(peers, versions, strict=True))
-        self._urls[partition_id] = own_exchange(context, asked)
-        self._access = Access.of(context, asked)
-        self._dtype = str(config.get("peer-dtype", "float32"))
-        check_wire_dtype(self._dtype, "peer-dtype")
+        self._urls = dict(zip(order.peers, order.peer_urls, strict=True))
+        self._versions = dict(zip(order.peers, order.peer_versions, strict=True))
+        self._urls[partition_id] = own_exchange(context, order)
+        self._access = Access.of(context, order)
         self._silent: set[str] = set()
         self.fetched_bytes = 0
 
@@ -88,7 +80,7 @@ class PeerExchange:
             If the node's exchange does not answer or has lost it.
         """
         name = self._name(self.partition_id, version, layer, expert)
-        return self._mine.get(name if self._dtype == "float32" else name + FULL)
+        return self._mine.get(name if self.order.peer_dtype == "float32" else name + FULL)
 
     def publish(
         self, version: int, experts: Mapping[tuple[int, int], Mapping[str, Tensor]]
@@ -96,9 +88,9 @@ class PeerExchange:
         """Store experts by (layer, expert) at the node's exchange; ExchangeError if it fails."""
         for (layer, expert), tensors in experts.items():
             name = self._name(self.partition_id, version, layer, expert)
-            if self._dtype != "float32":
+            if self.order.peer_dtype != "float32":
                 self._mine.put(name + FULL, dict(tensors))
-            self._mine.put(name, halved(tensors, self._dtype))
+            self._mine.put(name, halved(tensors, self.order.peer_dtype))
 
     def drop(self, keep: Sequence[int]) -> None:
         """Delete the node's own experts of this run except for some versions."""
@@ -117,10 +109,3 @@ class PeerExchange:
 
     def _name(self, partition_id: int, version: int, layer: int, expert: int) -> str:
         return f"r{self.run_id}.c{partition_id}.v{version}.l{layer}.e{expert}"
-
-
-def _ints(config: ConfigRecord, key: str) -> list[int]:
-    value = config.get(key, [])
-    if not isinstance(value, list):
-        raise ValueError(f"'{key}' is {value!r} in the message, expected a list of numbers")
-    return [int(number) for number in value]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import Any
 
@@ -13,10 +14,19 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
 
-from flwr_moe.client_apps.fedmoe_da.mod import PEER_LOST, PERSONAL, TRAINED_SHARED
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.layout import part_name
-from flwr_moe.experts.mixing import Ingredient, mixing_plans, plan_to_config
+from flwr_moe.experts.mixing import Ingredient, mixing_plans
+from flwr_moe.messages.base import metrics_of, read_value, unlike
+from flwr_moe.messages.fedmoe_da import (
+    EXPERTS,
+    GATE,
+    GATES,
+    TRAINED_SHARED,
+    PeerFigures,
+    PeerOrder,
+    PersonalOrder,
+)
 from flwr_moe.network import (
     MESSAGE_TTL_S,
     MeteredGrid,
@@ -24,13 +34,12 @@ from flwr_moe.network import (
     check_reply,
 )
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.network.nodes import EXCHANGE_URL, NodeProfile
+from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.network.wire_dtype import check_wire_dtype
 from flwr_moe.strategies.averaging import Arrays, to_arrays, to_record, weighted_mean
 from flwr_moe.strategies.fedmoe_da.relay import relay_experts
 from flwr_moe.strategies.nodes import sample, wait_for, with_clock
 
-GATES = ("mixed", "local", "average")
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
@@ -119,23 +128,8 @@ class FedMoEDA(FedAvg):
         check_wire_dtype(peer_dtype, "peer_dtype")
         self.peer_dtype = peer_dtype
         self.seed = seed
-        self.reset()
-
-    def reset(self) -> None:
-        """Start anew: a second run of the same strategy gives what the first one gave."""
-        self._rng = random.Random(self.seed)
-        self._grid: SimulatedGrid | MeteredGrid | None = None
-        self._state: dict[str, NDArray[Any]] = {}
-        self._gates: dict[int, list[NDArray[Any]]] = {}
-        self._rows: dict[int, Arrays] = {}
-        self._experts: dict[int, Arrays] = {}
-        self._versions: dict[int, int] = {}
-        self._informed: set[int] = set()
-        self._plans: dict[int, list[Ingredient]] = {}
-        self._sent: dict[int, RecordDict] = {}
-        self._clients: dict[int, int] = {}
-        self._urls: dict[int, str] = {}
         self.client_metrics: dict[int, dict[str, float]] = {}
+        self._run: _Run | None = None
 
     def summary(self) -> None:
         """Log the settings."""
@@ -165,11 +159,11 @@ class FedMoEDA(FedAvg):
         The arrays of the result hold the shared tensors as averaged last; experts, and what else
         is personal, are as they started: the trained ones are with the clients.
         """
-        self.reset()
-        self._grid = grid = with_clock(grid, timeout)
-        self._state = to_arrays(initial_arrays)
+        network = with_clock(grid, timeout)
+        self._run = _Run(network, to_arrays(initial_arrays), random.Random(self.seed))
+        self.client_metrics = {}
         return super().start(
-            grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+            network, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
         )
 
     # --- the hooks of a round ----------------------------------------------------
@@ -178,186 +172,222 @@ class FedMoEDA(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Write every sampled client's order: what it mixes, and whether it reports its gate."""
-        profiles = wait_for(self._network, self.min_available_nodes if server_round == 1 else 1)
-        self._clients = {node_id: node.partition_id for node_id, node in profiles.items()}
-        # Kept for clients that leave: their exchanges may well be there still.
-        self._urls |= {
-            n.partition_id: n.exchange_url or self.exchange_url for n in profiles.values()
-        }
+        run = self._running
+        nodes = run.meet(self.min_available_nodes if server_round == 1 else 1, self.exchange_url)
         if self.p and (server_round - 2) % self.interval == 0:
-            here = self._gates.keys() & self._clients.values()
-            self._plans = mixing_plans({c: self._gates[c] for c in here}, self.p, self.tau)
+            run.plans = mixing_plans(run.gate_vectors(self.layout), self.p, self.tau)
         relayed = (
-            relay_experts(self.layout, self._plans, self._experts, self._rows, self.gate == "mixed")
+            relay_experts(self.layout, run.plans, run.experts, run.rows, self.gate == "mixed")
             if self.relay
             else {}
         )
-        self._sent = {}
-        messages = []
-        nodes = list(profiles.values())
-        for node in sample(nodes, self.fraction_train, self.min_train_nodes, self._rng):
+        run.sent = {}
+        for node in sample(nodes, self.fraction_train, self.min_train_nodes, run.rng):
             content = self._order(server_round, node, config)
             experts, rows = relayed.get(node.partition_id, ({}, {}))
             if experts:
-                content["experts"] = to_record(experts)
-                if self.gate == "local" and node.node_id not in self._informed:
-                    rows = dict(self._rows[node.partition_id])
+                content[EXPERTS] = to_record(experts)
+                if self.gate == "local" and node.node_id not in run.informed:
+                    rows = dict(run.rows[node.partition_id])
             if rows:
-                content["gate"] = to_record(rows)
-            self._sent[node.node_id] = content
-            messages.append(Message(content, node.node_id, MessageType.TRAIN, ttl=MESSAGE_TTL_S))
-        return messages
+                content[GATE] = to_record(rows)
+            run.sent[node.node_id] = content
+        return [
+            Message(content, node_id, MessageType.TRAIN, ttl=MESSAGE_TTL_S)
+            for node_id, content in run.sent.items()
+        ]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average what is shared, and note gates, versions and clients' own figures."""
-        network = self._network
-        partitions = self._clients
-        order = [m for m in replies if m.metadata.src_node_id in partitions]
-        order.sort(key=lambda m: partitions[m.metadata.src_node_id])
+        run = self._running
         shared: list[Arrays] = []
         weights: list[float] = []
-        heard = set()
-        for reply in order:
+        heard: dict[int, int] = {}
+        for client, reply in run.in_order(replies):
             node_id = reply.metadata.src_node_id
-            reason = reply.error.reason if reply.has_error() else self._unusable(node_id, reply)
-            if reason is not None:
-                # A simulated Grid has counted and logged errors itself.
-                if not (reply.has_error() and isinstance(network, SimulatedGrid)):
-                    log(WARNING, "node %d: %s", partitions[node_id], reason)
-                if not reply.has_error():
-                    network.ledger.event("rejected")
+            if not self._usable(client, reply):
                 continue
-            heard.add(node_id)
-            client = partitions[node_id]
-            metrics = next(iter(reply.content.metric_records.values()))
-            self.client_metrics[client] = {
-                k: float(v) for k, v in metrics.items() if isinstance(v, int | float)
-            }
-            lost = int(self.client_metrics[client].get(PEER_LOST, 0))
-            if lost:
-                network.ledger.event("peer-lost", lost)
-            self._versions[client] = server_round
-            self._take_records(client, reply.content)
-            if TRAINED_SHARED in reply.content.array_records:
-                shared.append(to_arrays(reply.content.array_records[TRAINED_SHARED]))
-                weights.append(self.client_metrics[client][self.weighted_by_key])
-        self._informed |= heard
+            heard[node_id] = client
+            metrics = metrics_of(reply.content)
+            told = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+            self.client_metrics[client] = told
+            if lost := PeerFigures.from_record(metrics).peer_lost:
+                run.network.ledger.event("peer-lost", lost)
+            run.versions[client] = server_round
+            records = reply.content.array_records
+            if GATE in records:
+                run.rows[client] = to_arrays(records[GATE])
+            if self.relay:
+                run.experts[client] = to_arrays(records[EXPERTS])
+            if TRAINED_SHARED in records:
+                shared.append(to_arrays(records[TRAINED_SHARED]))
+                weights.append(told[self.weighted_by_key])
         # Who failed may have lost what it had been sent: it is told everything again.
-        self._informed -= self._sent.keys() - heard
+        run.informed = (run.informed - run.sent.keys()) | heard.keys()
         if shared and sum(weights) > 0:
-            self._state |= weighted_mean(shared, weights)
-        return to_record(self._state), self._mean_metrics(
-            [partitions[node_id] for node_id in heard]
-        )
+            run.state |= weighted_mean(shared, weights)
+        return to_record(run.state), self._mean_metrics(sorted(heard.values()))
 
     # --- inside ------------------------------------------------------------------
 
     @property
-    def _network(self) -> SimulatedGrid | MeteredGrid:
-        if self._grid is None:
+    def _running(self) -> _Run:
+        if self._run is None:
             raise ValueError("FedMoEDA runs by start(), which has not been called")
-        return self._grid
+        return self._run
 
     def _order(self, server_round: int, node: NodeProfile, config: ConfigRecord) -> RecordDict:
-        client = node.partition_id
-        full = node.node_id not in self._informed
-        plan = self._plans.get(client, [])
-        peers = sorted({share.peer for share in plan} - {client})
-        order: dict[str, Any] = {
-            **config,
-            "server-round": server_round,
-            PERSONAL: self.personal,
-            "full": full,
-            "gate": self.gate,
-            "relay": self.relay,
-            "version": self._versions.get(client, 0),
+        """Write one client's order, and the tensors it may lack."""
+        run, client = self._running, node.partition_id
+        full = node.node_id not in run.informed
+        order = PersonalOrder(
+            personal=self.personal,
+            server_round=server_round,
+            version=run.versions.get(client, 0),
+            full=full,
+            gate=self.gate,
+            relay=self.relay,
             # In the round before a refresh; always, where it may not be drawn for that round.
-            "report-gates": (server_round - 1) % self.interval == 0 or self.fraction_train < 1,
-        }
+            report_gates=(server_round - 1) % self.interval == 0 or self.fraction_train < 1,
+            extra=dict(config),
+        ).to_dict()
         if not self.relay:
-            order |= plan_to_config(plan)
-            order |= {
-                "peers": peers,
-                "peer-urls": [self._urls[peer] for peer in peers],
-                "peer-versions": [self._versions[peer] for peer in peers],
-                EXCHANGE_URL: self.exchange_url,
-                "exchange-token": self.exchange_token,
-                "exchange-timeout-s": self.exchange_timeout_s,
-                "peer-dtype": self.peer_dtype,
-            }
-        arrays = self._state if full else {k: self._state[k] for k in self._shared_keys()}
+            plan = run.plans.get(client, [])
+            peers = sorted({share.peer for share in plan} - {client})
+            order |= PeerOrder(
+                **PeerOrder.columns_of(plan),
+                peers=peers,
+                peer_urls=[run.urls[peer] for peer in peers],
+                peer_versions=[run.versions[peer] for peer in peers],
+                peer_dtype=self.peer_dtype,
+                exchange_url=self.exchange_url,
+                exchange_token=self.exchange_token,
+                exchange_timeout_s=self.exchange_timeout_s,
+            ).to_dict()
+        arrays = run.state if full else {key: run.state[key] for key in self._shared_keys()}
         return RecordDict(
-            {
-                self.arrayrecord_key: to_record(arrays),
-                self.configrecord_key: ConfigRecord(order),
-            }
+            {self.arrayrecord_key: to_record(arrays), self.configrecord_key: ConfigRecord(order)}
         )
 
     def _shared_keys(self) -> list[str]:
         gates = {key for keys in self.layout.gate_rows for key in keys}
         return [
             key
-            for key in self.layout.shared(self._state)
+            for key in self.layout.shared(self._running.state)
             if not key.startswith(tuple(self.personal))
             and (key not in gates or self.gate == "average")
         ]
 
-    def _take_records(self, client: int, content: RecordDict) -> None:
-        if "gate" in content.array_records:
-            self._rows[client] = to_arrays(content.array_records["gate"])
-            self._gates[client] = [self._rows[client][key] for key in self._vector_keys()]
-        if self.relay:
-            self._experts[client] = to_arrays(content.array_records["experts"])
+    def _usable(self, client: int, reply: Message) -> bool:
+        """Whether a reply can be used; logs and counts it if not."""
+        network = self._running.network
+        reason = reply.error.reason if reply.has_error() else self._reason_against(reply)
+        if reason is None:
+            return True
+        # A simulated Grid has counted and logged errors itself.
+        if not (reply.has_error() and isinstance(network, SimulatedGrid)):
+            log(WARNING, "node %d: %s", client, reason)
+        if not reply.has_error():
+            network.ledger.event("rejected")
+        return False
 
-    def _vector_keys(self) -> list[str]:
-        """Per layer the gate's weight: one vector an expert."""
-        return [
-            next(key for key in keys if len(self.layout.shared_specs[key].shape) == 2)
-            for keys in self.layout.gate_rows
-        ]
-
-    def _unusable(self, node_id: int, reply: Message) -> str | None:
+    def _reason_against(self, reply: Message) -> str | None:
         """Say why a reply cannot be used, None if it can."""
-        content = reply.content
-        reason = check_reply(self._sent[node_id], content)
-        if reason is not None:
+        run, content = self._running, reply.content
+        sent = run.sent[reply.metadata.src_node_id]
+        if (reason := check_reply(sent, content)) is not None:
             return reason
-        config = self._sent[node_id].config_records[self.configrecord_key]
-        expected = {TRAINED_SHARED: {k: self._state[k].shape for k in self._shared_keys()}}
-        gates = [key for keys in self.layout.gate_rows for key in keys]
-        if config["report-gates"] or self.relay:
-            expected["gate"] = {k: self._state[k].shape for k in gates}
+        expected = {TRAINED_SHARED: self._shared_keys()}
+        config = sent.config_records[self.configrecord_key]
+        if PersonalOrder.from_record(config).report_gates or self.relay:
+            expected[GATE] = [key for keys in self.layout.gate_rows for key in keys]
+        shapes = {name: {k: run.state[k].shape for k in keys} for name, keys in expected.items()}
         if self.relay:
-            expected["experts"] = {
+            shapes[EXPERTS] = {
                 part_name(layer, e, name): spec.shape
                 for layer, moe in enumerate(self.layout.moe_layers)
                 for e in range(moe.num_experts)
                 for name, spec in moe.parts.items()
             }
-        for name, shapes in expected.items():
-            if not shapes:
-                continue
-            record = content.array_records.get(name)
-            came = {} if record is None else {k: tuple(a.shape) for k, a in record.items()}
-            for key in sorted(came.keys() | shapes.keys()):
-                if came.get(key) != shapes.get(key):
-                    return (
-                        f"array '{name}/{key}' has shape {came.get(key)}, "
-                        f"expected {shapes.get(key)} (is personal_mod in the ClientApp?)"
-                    )
-        if not content.metric_records:
-            return "the reply has no MetricRecord"
-        weight = next(iter(content.metric_records.values())).get(self.weighted_by_key)
-        if not isinstance(weight, int | float) or weight < 0:
-            return f"metric '{self.weighted_by_key}' is {weight!r}, expected a number from 0"
+        for record_key, tensors in shapes.items():
+            if tensors and (reason := unlike(content, record_key, tensors)):
+                return f"{reason} (is personal_mod in the ClientApp?)"
+        try:
+            figures = metrics_of(content)
+            PeerFigures.from_record(figures)
+            read_value(figures, self.weighted_by_key, float, place=PeerFigures.place, least=0)
+        except ValueError as error:
+            return str(error)
         return None
 
     def _mean_metrics(self, clients: Sequence[int]) -> MetricRecord | None:
         """Plain means over clients: each counts once, whatever its number of examples."""
-        told = [self.client_metrics[client] for client in sorted(clients)]
+        told = [self.client_metrics[client] for client in clients]
         if not told:
             return None
         keys = sorted(set.intersection(*(set(metrics) for metrics in told)))
         return MetricRecord({key: float(np.mean([m[key] for m in told])) for key in keys})
+
+
+@dataclass
+class _Run:
+    """What the server knows in one run; by partition id unless said otherwise.
+
+    Attributes
+    ----------
+    network : Grid
+        With a clock.
+    state : dict
+        Shared tensors as averaged last, and all others as they started.
+    rng : Random
+        Draws clients.
+    partitions : dict
+        Partition id of every node that was met, by node id.
+    urls, versions : dict
+        Clients' exchanges, and the round of the experts that lie there.
+    rows, experts : dict
+        Gate tensors, and in relay mode experts, as reported last.
+    plans : dict
+        What every client mixes until the next refresh.
+    informed : set of int
+        Nodes (by node id) that have what they were sent.
+    sent : dict
+        This round's orders by node id.
+    """
+
+    network: SimulatedGrid | MeteredGrid
+    state: dict[str, NDArray[Any]]
+    rng: random.Random
+    partitions: dict[int, int] = field(default_factory=dict)
+    urls: dict[int, str] = field(default_factory=dict)
+    versions: dict[int, int] = field(default_factory=dict)
+    rows: dict[int, Arrays] = field(default_factory=dict)
+    experts: dict[int, Arrays] = field(default_factory=dict)
+    plans: dict[int, list[Ingredient]] = field(default_factory=dict)
+    informed: set[int] = field(default_factory=set)
+    sent: dict[int, RecordDict] = field(default_factory=dict)
+
+    def meet(self, least: int, default_url: str) -> list[NodeProfile]:
+        """Wait until ``least`` nodes are there, and note who they are."""
+        nodes = list(wait_for(self.network, least).values())
+        self.partitions = {node.node_id: node.partition_id for node in nodes}
+        # Kept for clients that leave: their exchanges may well be there still.
+        self.urls |= {node.partition_id: node.exchange_url or default_url for node in nodes}
+        return nodes
+
+    def gate_vectors(self, layout: ExpertLayout) -> dict[int, list[NDArray[Any]]]:
+        """Return the gate vectors of the clients that are here: one an expert, layer by layer."""
+        weights = [
+            next(key for key in keys if len(layout.shared_specs[key].shape) == 2)
+            for keys in layout.gate_rows
+        ]
+        here = self.rows.keys() & self.partitions.values()
+        return {client: [self.rows[client][key] for key in weights] for client in here}
+
+    def in_order(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:
+        """Return replies of known nodes with their partition ids, in order of these."""
+        known = ((self.partitions.get(m.metadata.src_node_id), m) for m in replies)
+        pairs = [(client, m) for client, m in known if client is not None]
+        return sorted(pairs, key=lambda pair: pair[0])
