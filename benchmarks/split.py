@@ -38,7 +38,7 @@ from torch.nn import functional
 from flwr_moe.client_apps.split.link import CutLink
 from flwr_moe.engines.flower import simulate
 from flwr_moe.exchange import ExchangeClient, ExchangeServer, TensorStore
-from flwr_moe.split.codecs import CodecKey, cut_codecs, shape_text
+from flwr_moe.split.codecs import CodecKey, cut_codecs
 from flwr_moe.split.cut import split_model
 from flwr_moe.split.protocol import HANDLER, agreement
 from flwr_moe.split.prune import choose_kept, shrink
@@ -118,10 +118,8 @@ def link_to(
     kept: tuple[int, ...] | None = None,
 ) -> CutLink:
     codecs = cut_codecs(**(codec or {}))
-    facts = {**agreement(model.state_dict(), at, codecs), "examples": "1"}
-    if kept is not None:
-        facts["kept"] = shape_text(kept)
-    return CutLink(exchange, codecs, CodecKey(0, 1, 0, 0, "activation"), facts)  # type: ignore[arg-type]
+    agreed = agreement(model.state_dict(), at, codecs)
+    return CutLink(exchange, codecs, CodecKey(0, 1, 0, 0, "activation"), agreed, 1, kept)  # type: ignore[arg-type]
 
 
 def seconds(step: Callable[[], object]) -> float:

@@ -198,8 +198,8 @@ def _connected(strategy: SplitFed, judge: Judge) -> System:
 
     def report(arrays: ArrayRecord) -> dict[str, Any]:
         return {
-            "unfinished-rounds": sum(strategy.unfinished.values()),
-            "server-half-batches": strategy.batches,
+            "unfinished-rounds": sum(strategy.run.unfinished.values()),
+            "server-half-batches": strategy.run.batches,
         }
 
     return System(strategy, judge, report, connect=connect, handlers=strategy.handlers)

@@ -14,7 +14,6 @@ from flwr_moe.split.codecs import (
 from flwr_moe.split.costs import CutCost, cut_table
 from flwr_moe.split.cut import (
     Split,
-    UShape,
     materialise,
     possible_cuts,
     split_in_three,
@@ -44,7 +43,6 @@ __all__ = [
     "Quantise",
     "RandomDropout",
     "Split",
-    "UShape",
     "choose_kept",
     "cut_codecs",
     "cut_table",

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from flwr_moe.split.cut_graph import GraphCutter
 from flwr_moe.split.cut_transformers import (
     PartOfModel,
-    ServerHalf,
     TransformersCutter,
     is_transformers_model,
 )
@@ -31,6 +30,9 @@ class Cutter(Protocol):
     def obstacle(self, at: str) -> str | None: ...  # noqa: D102
     def keys(self, at: str) -> tuple[set[str], set[str]]: ...  # noqa: D102
     def halves(self, at: str) -> tuple[nn.Module, nn.Module]: ...  # noqa: D102
+    def thirds(  # noqa: D102
+        self, at: str, top: str
+    ) -> tuple[nn.Module, nn.Module, nn.Module, int | None]: ...
 
     @property
     def points(self) -> Mapping[str, object]: ...  # noqa: D102
@@ -38,39 +40,52 @@ class Cutter(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """The two halves of a model.
+    """The parts of a model: two halves, or three parts in a U-shape.
 
     Attributes
     ----------
     client : nn.Module
         Takes the model's inputs and returns a tuple of tensors: the activation at the cut, then
-        what else the server half needs without a gradient, such as an attention mask.
+        what else the other parts need without a gradient, such as an attention mask.
     server : nn.Module
         Takes the tensors of that tuple and returns what the model returns; for transformers the
-        logits, or the last hidden state of a model without a head.
+        logits, or the last hidden state of a model without a head. In a U-shape it takes the
+        activation and the first `num_up` of the others, and returns the activation at the top cut.
     at : str
         The module after which the model is cut.
+    head : nn.Module or None
+        In a U-shape the end of the model, which is the client's too: takes the activation at the
+        top cut and all the other tensors of the tuple, and returns what the model returns.
+    top_cut : str
+        The module after which the head begins.
+    num_up : int or None
+        How many tensors besides the activation the server's part takes; None for all.
 
     Notes
     -----
-    Parameters and buffers are the model's own, under the model's own names: training the halves
-    trains the model, and their two state dicts together are the model's, with no key in both.
-    ``half.train()`` and ``half.eval()`` set the mode of the layers as usual.
+    Source: the U-shape is known from split learning without sharing of labels. Parameters and
+    buffers are the model's own, under the model's own names: training the parts trains the model,
+    and their state dicts together are the model's, with no key in two of them. ``half.train()`` and
+    ``half.eval()`` set the mode of the layers as usual.
 
-    Tensors that the forward pass does not use belong to the server half.
+    Tensors that the forward pass does not use belong to the server.
 
     In float64 loss and gradients are bitwise those of the whole model. Dropout draws from the
-    global random generator of the process that runs it; the halves draw what the whole model
+    global random generator of the process that runs it; the parts draw what the whole model
     draws only if they run in one process, in turn, and nothing else draws in between.
     """
 
     client: nn.Module
     server: nn.Module
     at: str
+    head: nn.Module | None = None
+    top_cut: str = ""
+    num_up: int | None = None
 
     def client_state_dict(self) -> dict[str, Tensor]:
         """Return all tensors that are the client's."""
-        return self.client.state_dict()
+        head = {} if self.head is None else self.head.state_dict()
+        return {**self.client.state_dict(), **head}
 
 
 def possible_cuts(model: nn.Module, example_inputs: ExampleInputs) -> list[str]:
@@ -154,9 +169,7 @@ def survey(model: nn.Module, example_inputs: ExampleInputs) -> Survey:
     return Survey(cutter, activations, passed[_WHOLE_MODEL].flops)
 
 
-def make_cutter(
-    model: nn.Module, example_inputs: ExampleInputs | None
-) -> GraphCutter | TransformersCutter:
+def make_cutter(model: nn.Module, example_inputs: ExampleInputs | None) -> Cutter:
     """Choose what knows how a model is cut; ValueError if nothing does."""
     if is_transformers_model(model):
         return TransformersCutter(model)
@@ -271,51 +284,12 @@ def _nearest(model: nn.Module, cutter: Cutter, at: str) -> str:
     return f"possible, nearest first: {shown}{f' and {more} more' if more > 0 else ''}"
 
 
-AnyCutter = GraphCutter | TransformersCutter
-
-
-@dataclass(frozen=True)
-class UShape(Split):
-    """A model in a U-shape: bottom and head are the client's, the middle is the server's.
-
-    Attributes
-    ----------
-    client : nn.Module
-        The bottom: takes the model's inputs and returns the activation at the cut, then what else
-        the other parts need without a gradient.
-    server : nn.Module
-        The middle: takes the activation and the first `num_up` of the others, and returns the
-        activation at the top cut.
-    at : str
-        The module after which the bottom ends.
-    head : nn.Module
-        Takes the activation at the top cut and all the others, and returns what the model returns.
-    top_cut : str
-        The module after which the middle ends.
-    num_up : int or None
-        How many tensors besides the activation the middle takes; None for all.
-
-    Notes
-    -----
-    Source: the U-shape is known from split learning without sharing of labels. As in `Split`, the
-    parts share their tensors with the model under its names, with no key in two of them.
-    """
-
-    head: nn.Module
-    top_cut: str
-    num_up: int | None
-
-    def client_state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors of bottom and head."""
-        return {**self.client.state_dict(), **self.head.state_dict()}
-
-
 def split_in_three(
     model: nn.Module,
     at: str,
     top_cut: str = "",
     example_inputs: ExampleInputs | None = None,
-) -> UShape:
+) -> Split:
     """Cut a model after two of its modules.
 
     Parameters
@@ -334,7 +308,7 @@ def split_in_three(
     cutter = make_cutter(model, example_inputs)
     if example_inputs is not None or at not in cutter.points or obstacle_to(model, cutter, at):
         split_model(model, at, example_inputs)  # says what is wrong with the first cut
-    possible = _top_cuts(model, cutter, at)
+    possible = [name for name in cutter.candidates() if not _why_not(model, cutter, at, name)]
     if not possible:
         raise ValueError(f"no top cut: the model cannot be cut a second time after {at!r}")
     top = top_cut or possible[-1]
@@ -345,17 +319,11 @@ def split_in_three(
         )
     if example_inputs is not None:
         split_model(model, top, example_inputs)
-    if isinstance(cutter, GraphCutter):
-        bottom, middle, head, num_up = cutter.thirds(at, top)
-        return UShape(bottom, middle, at, head, top, num_up)
-    return _transformers_thirds(cutter, at, top)
+    client, server, head, num_up = cutter.thirds(at, top)
+    return Split(client, server, at, head, top, num_up)
 
 
-def _top_cuts(model: nn.Module, cutter: AnyCutter, at: str) -> list[str]:
-    return [name for name in cutter.candidates() if _why_not(model, cutter, at, name) is None]
-
-
-def _why_not(model: nn.Module, cutter: AnyCutter, at: str, top: str) -> str | None:
+def _why_not(model: nn.Module, cutter: Cutter, at: str, top: str) -> str | None:
     """Say why there is no head after `top`, or nothing."""
     if top not in cutter.points:
         return "there is no such place"
@@ -364,21 +332,3 @@ def _why_not(model: nn.Module, cutter: AnyCutter, at: str, top: str) -> str | No
     if reason is None and not (cutter.keys(top)[0] - cutter.keys(at)[0]) & parameters:
         return f"it does not come later than {at!r} with parameters in between"
     return reason
-
-
-class MiddlePart(ServerHalf):
-    """The blocks of a model of transformers between two cuts."""
-
-    def forward(self, hidden_BTD: Tensor, *context: Tensor) -> Tensor:
-        """Run from one cut to the other; hidden states (B, T, D) in and out."""
-        given, _ = self._given([hidden_BTD, *context])
-        hidden_later_BTD: Tensor = self.skeleton.base_model(**given).last_hidden_state
-        return hidden_later_BTD
-
-
-def _transformers_thirds(cutter: TransformersCutter, at: str, top: str) -> UShape:
-    bottom, server = cutter.halves(at)
-    head = cutter.halves(top)[1]
-    between = TransformersCutter(server.skeleton).halves(top)[0]
-    middle = MiddlePart(between.skeleton, *server.kind)
-    return UShape(bottom, middle, at, head, top, None)

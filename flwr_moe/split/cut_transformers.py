@@ -141,6 +141,16 @@ class ServerHalf(PartOfModel):
         return dict(zip(names, inputs, strict=False)) | self._options, last_B
 
 
+class MiddlePart(ServerHalf):
+    """The blocks of a model of transformers between two cuts."""
+
+    def forward(self, hidden_BTD: Tensor, *context: Tensor) -> Tensor:
+        """Run from one cut to the other; hidden states (B, T, D) in and out."""
+        given, _ = self._given([hidden_BTD, *context])
+        hidden_later_BTD: Tensor = self.skeleton.base_model(**given).last_hidden_state
+        return hidden_later_BTD
+
+
 class _HandOn(nn.Module):
     """Stands where a block of the other half was, and returns what it gets."""
 
@@ -267,6 +277,12 @@ class TransformersCutter:
         """Build the client and the server half, which share their tensors with the model."""
         done, kind = self.points[at], (self.is_decoder, self.pools_last)
         return ClientHalf(self.part(None, done), *kind), ServerHalf(self.part(done, None), *kind)
+
+    def thirds(self, at: str, top: str) -> tuple[ClientHalf, MiddlePart, ServerHalf, None]:
+        """Build what is before a cut, between it and a later one, and after that."""
+        client, server = self.halves(at)
+        between = TransformersCutter(server.skeleton).halves(top)[0]
+        return client, MiddlePart(between.skeleton, *server.kind), self.halves(top)[1], None
 
     @property
     def is_decoder(self) -> bool:

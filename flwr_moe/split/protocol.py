@@ -1,4 +1,4 @@
-"""What the halves of a split model say to each other, batch by batch."""
+"""What the parts of a split model say to each other, batch by batch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flwr_moe.exchange.request import Refused
-from flwr_moe.split.codecs import Chain, Encoded, Role
+from flwr_moe.split.codecs import Chain, Encoded, Role, shape_text
 
 HANDLER = "split"
 """Name of the server half's handler at the exchange."""
 ACTIVATION, GRADIENT, CONTEXT, LABELS = "activation.", "gradient.", "context.", "labels"
-"""Names, or beginnings of names, of what travels."""
-STAGE, FORWARD, BACKWARD = "stage", "forward", "backward"
+"""Names, or beginnings of names, of the tensors that travel."""
+FORWARD, BACKWARD = "forward", "backward"
 """Which of its two requests a batch has come to, where clients keep their labels."""
 
+Answer = tuple[dict[str, Tensor], dict[str, str]]
 
-def agreement(state: Mapping[str, Tensor], at: str, codecs: Mapping[Role, Chain]) -> dict[str, str]:
-    """Say in words what both halves must agree on; it travels with every batch.
+
+def agreement(
+    state: Mapping[str, Tensor],
+    at: str,
+    codecs: Mapping[Role, Chain],
+    top_cut: str = "",
+    top_codecs: Mapping[Role, Chain] | None = None,
+) -> dict[str, str]:
+    """Say in words what both sides must agree on; it travels with every batch.
 
     Parameters
     ----------
@@ -30,18 +38,20 @@ def agreement(state: Mapping[str, Tensor], at: str, codecs: Mapping[Role, Chain]
         Where it is cut.
     codecs : mapping of str to Chain
         By role.
+    top_cut : str
+        Where it is cut a second time, if clients keep their labels.
+    top_codecs : mapping of str to Chain, optional
+        By role, for that cut.
     """
     names = "\n".join(f"{k} {tuple(t.shape)} {t.dtype}" for k, t in sorted(state.items()))
-    return {
+    agreed = {
         "cut": at,
         "codecs": _in_words(codecs),
         "model": hashlib.sha256(names.encode()).hexdigest()[:16],
     }
-
-
-def top_agreement(top_cut: str, codecs: Mapping[Role, Chain]) -> dict[str, str]:
-    """Say what both sides must agree on besides, where clients keep their labels."""
-    return {"top-cut": top_cut, "top-codecs": _in_words(codecs)}
+    if top_codecs is not None:
+        agreed |= {"top-cut": top_cut, "top-codecs": _in_words(top_codecs)}
+    return agreed
 
 
 def _in_words(codecs: Mapping[Role, Chain]) -> str:
@@ -50,7 +60,7 @@ def _in_words(codecs: Mapping[Role, Chain]) -> str:
     )
 
 
-def with_prefix(prefix: str, encoded: Encoded) -> tuple[dict[str, Tensor], dict[str, str]]:
+def with_prefix(prefix: str, encoded: Encoded) -> Answer:
     """Name an encoded tensor's parts so that several fit into one body."""
     return (
         {prefix + name: tensor for name, tensor in encoded.tensors.items()},
@@ -70,7 +80,7 @@ def without_prefix(
 
 @dataclass(frozen=True)
 class BatchCall:
-    """The numbers of one request.
+    """What one request says of itself beside what is agreed on.
 
     Attributes
     ----------
@@ -79,9 +89,11 @@ class BatchCall:
     examples : int
         Training examples the client holds.
     shape : tuple of int
-        Announced shape of the activation.
+        Of the tensor that travels, before it is encoded.
     kept : tuple of int or None
         Units at the cut that the client has; None for all.
+    stage : {"", "forward", "backward"}
+        Which of a batch's two requests, where clients keep their labels.
     """
 
     partition: int
@@ -89,12 +101,36 @@ class BatchCall:
     batch: int
     examples: int
     shape: tuple[int, ...]
-    kept: tuple[int, ...] | None
+    kept: tuple[int, ...] | None = None
+    stage: str = ""
+
+    def metadata(self) -> dict[str, str]:
+        """Write it as a request's metadata."""
+        told = {
+            "partition": str(self.partition),
+            "round": str(self.round),
+            "batch": str(self.batch),
+            "examples": str(self.examples),
+            "shape": shape_text(self.shape),
+        }
+        if self.kept is not None:
+            told["kept"] = shape_text(self.kept)
+        return {**told, "stage": self.stage} if self.stage else told
 
     @classmethod
-    def of(cls, metadata: Mapping[str, str]) -> BatchCall:
-        """Read a request's metadata; what is missing or no number is `Refused`."""
-        kept = metadata.get("kept")
+    def of(cls, metadata: Mapping[str, str], in_two: bool) -> BatchCall:
+        """Read a request's metadata; what is missing or no number is `Refused`.
+
+        Parameters
+        ----------
+        metadata : mapping of str to str
+            As `metadata` writes it.
+        in_two : bool
+            Whether a batch takes two requests.
+        """
+        kept, stage = metadata.get("kept"), metadata.get("stage") if in_two else ""
+        if stage is None or (in_two and stage not in (FORWARD, BACKWARD)):
+            raise Refused(f"stage is {stage!r}, expected {FORWARD!r} or {BACKWARD!r}")
         return cls(
             _int(metadata, "partition"),
             _int(metadata, "round"),
@@ -102,6 +138,7 @@ class BatchCall:
             _int(metadata, "examples", 1),
             _ints("shape", metadata.get("shape", "")),
             None if kept is None else _ints("kept", kept),
+            stage,
         )
 
 

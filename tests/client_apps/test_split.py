@@ -11,9 +11,9 @@ from flwr.clientapp import ClientApp
 
 from flwr_moe.client_apps import build_client_app, train_half
 from flwr_moe.client_apps.split.link import small_labels
-from flwr_moe.client_apps.split.training import SPLIT_TRAIN
 from flwr_moe.client_apps.split.visit import Visit
 from flwr_moe.exchange import RefusedByServer
+from flwr_moe.messages.split import SPLIT_TRAIN
 from flwr_moe.split import PruneSchedule
 from flwr_moe.split.step import step_flops
 from flwr_moe.strategies import FedSL, SplitFed
@@ -133,8 +133,8 @@ def test_another_codec_than_the_servers_is_refused_with_what_was_expected() -> N
     strategy = FedSL(build_model, "2", prune=0.0, bits=8, dropout=0.0)
     content = order_of(strategy, bits=4)
     with serving(strategy) as server:
-        strategy._session = strategy._open_session(build_model().state_dict(), None)
-        strategy._session.begin_round(1, 3, [0], 0.1)
+        strategy.run.session = strategy._open_session(build_model().state_dict(), ConfigRecord())
+        strategy.run.session.begin_round(1, 3, [0], 0.1)
         content["config"]["exchange-url"] = server.url
         with pytest.raises(RefusedByServer, match=r"bits=4.*expected.*bits=8") as refused:
             answer(content)

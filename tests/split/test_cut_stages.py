@@ -86,7 +86,7 @@ def test_gradients_through_the_session_are_those_of_the_whole_model(
         )
         session.begin_round(1, 1, [0], 0.001)
         key = CodecKey(3, 1, 0, 0, "activation")
-        link = CutLink(Direct(session), codecs, key, {**agreed, "examples": "9"})  # type: ignore[arg-type]
+        link = CutLink(Direct(session), codecs, key, agreed, 9)  # type: ignore[arg-type]
         activation, *context = split.client(x)
         gradient, loss = link.send(activation.detach(), context, small_labels(y))
         activation.backward(gradient)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flwr_moe.client_apps.split.ushape_link import UShapeLink
+from flwr_moe.client_apps.split.link import CutLink
 from flwr_moe.split.codecs import CodecKey, cut_codecs
-from flwr_moe.split.cut import UShape, split_in_three
-from flwr_moe.split.protocol import agreement, top_agreement
-from flwr_moe.split.session_ushape import UShapeSession
+from flwr_moe.split.cut import Split, split_in_three
+from flwr_moe.split.protocol import agreement
+from flwr_moe.split.session import SplitSession
 from tests.split.test_cut import IMAGES, class_loss, small_cnn
 
 RATE = 0.01
@@ -22,7 +22,7 @@ Call = tuple[dict[str, Tensor], dict[str, str]]
 class Wire:
     """An exchange without a network, which remembers what went over it."""
 
-    def __init__(self, session: UShapeSession) -> None:
+    def __init__(self, session: SplitSession) -> None:
         self.session = session
         self.sent: list[Call] = []
         self.came: list[Call] = []
@@ -39,8 +39,8 @@ class Device:
     def __init__(
         self,
         model: nn.Module,
-        session: UShapeSession,
-        split: UShape,
+        session: SplitSession,
+        split: Split,
         number: int = 0,
         round_: int = 1,
         top_cut: str = "",
@@ -48,14 +48,10 @@ class Device:
     ) -> None:
         self.split = split
         codecs, top = cut_codecs(**codec), cut_codecs(bits=codec.get("bits"))
-        facts = {
-            **agreement(model.state_dict(), split.at, codecs),
-            **top_agreement(top_cut or split.top_cut, top),
-            "examples": "10",
-        }
+        agreed = agreement(model.state_dict(), split.at, codecs, top_cut or split.top_cut, top)
         self.wire = Wire(session)
         key = CodecKey(3, round_, 0, number, "activation")
-        self.link = UShapeLink(self.wire, codecs, key, facts, top_codecs=top)
+        self.link = CutLink(self.wire, codecs, key, agreed, 10, top_codecs=top)
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         self.activation, *self.context = self.split.client(*args, **kwargs)
@@ -76,12 +72,12 @@ class Device:
 
 def parts_of(
     model: nn.Module, at: str, top: str = "", server: str = "copies", **codec: Any
-) -> tuple[UShapeSession, UShape]:
+) -> tuple[SplitSession, Split]:
     """A session of a model's middle, and a client's own copy of the parts."""
     split = split_in_three(copy.deepcopy(model), at, top)
     codecs, top_codecs = cut_codecs(**codec), cut_codecs(bits=codec.get("bits"))
-    agreed = agreement(model.state_dict(), at, codecs) | top_agreement(split.top_cut, top_codecs)
-    session = UShapeSession(
+    agreed = agreement(model.state_dict(), at, codecs, split.top_cut, top_codecs)
+    session = SplitSession(
         split.server, codecs, agreed, top_codecs=top_codecs, seed=3, server=server
     )
     return session, split_in_three(copy.deepcopy(model), at, top)
@@ -92,7 +88,7 @@ def cnn() -> nn.Module:
     return small_cnn().double().train()
 
 
-def middle_by_hand(model: nn.Module, split: UShape, batches: int = 1) -> dict[str, Tensor]:
+def middle_by_hand(model: nn.Module, split: Split, batches: int = 1) -> dict[str, Tensor]:
     """State of a model after steps of Adam on the middle alone."""
     model = copy.deepcopy(model)
     names = set(split.server.state_dict())

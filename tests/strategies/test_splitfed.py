@@ -122,8 +122,8 @@ def test_a_client_that_vanishes_costs_the_rest_of_its_batches_only() -> None:
     expected = by_hand(2, steps=lambda client, r: 2 if (client, r) == (1, 1) else 3)
     assert_close(result.arrays.to_torch_state_dict(), expected)
     assert network.ledger.events == {"rejected": 1}
-    assert strategy.unfinished == {1: 1}
-    assert strategy.batches == 3 * 3 * 2 - 1
+    assert strategy.run.unfinished == {1: 1}
+    assert strategy.run.batches == 3 * 3 * 2 - 1
 
 
 def test_a_client_goes_on_with_its_own_half_after_a_failure_between_averages() -> None:
@@ -154,8 +154,8 @@ def test_an_exchange_that_goes_silent_leaves_what_was_done() -> None:
         )
     # Client 1 answers with two batches of three, client 2 not at all.
     assert network.ledger.events == {"rejected": 1}
-    assert strategy.unfinished == {1: 1, 2: 1}
-    assert strategy.batches == 5
+    assert strategy.run.unfinished == {1: 1, 2: 1}
+    assert strategy.run.batches == 5
     start = build_model().state_dict()
     state = result.arrays.to_torch_state_dict()
     assert not torch.equal(state["0.weight"], start["0.weight"])

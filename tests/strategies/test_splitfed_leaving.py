@@ -39,7 +39,7 @@ def test_rounds_go_on_with_the_nodes_that_are_left() -> None:
     grid.left = 1
     with serving(strategy):
         start(strategy, MeteredGrid(grid, horizon_s=100.0))
-    assert strategy.batches == (3 + 2 + 2) * CONFIG["local-steps"]
+    assert strategy.run.batches == (3 + 2 + 2) * CONFIG["local-steps"]
 
 
 def test_nobody_is_waited_for_beyond_the_horizon() -> None:

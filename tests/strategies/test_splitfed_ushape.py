@@ -13,7 +13,6 @@ from flwr_moe.engines.flower import simulate
 from flwr_moe.network import FixedLinks, MeteredGrid, SimulatedGrid, count_bytes
 from flwr_moe.split import cut_codecs, wire_bytes
 from flwr_moe.split.session import SplitSession
-from flwr_moe.split.session_ushape import UShapeSession
 from flwr_moe.strategies import FedSL, SplitFed
 from tests.local_grid import LocalGrid
 from tests.strategies.split_clients import (
@@ -93,7 +92,7 @@ def test_a_client_lost_between_its_two_requests_costs_its_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     strategy = ushaped()
-    handle = UShapeSession.handle
+    handle = SplitSession.handle
 
     def lossy(self: SplitSession, tensors: Any, metadata: dict[str, str]) -> Any:
         asked = tuple(metadata[k] for k in ("stage", "partition", "round", "batch"))
@@ -101,10 +100,10 @@ def test_a_client_lost_between_its_two_requests_costs_its_batch(
             raise RuntimeError("the request was lost")
         return handle(self, tensors, metadata)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(UShapeSession, "handle", lossy)
+    monkeypatch.setattr(SplitSession, "handle", lossy)
     result, network = run_split(strategy, rounds=1)
-    assert strategy.unfinished == {1: 1}
-    assert strategy.batches == 8
+    assert strategy.run.unfinished == {1: 1}
+    assert strategy.run.batches == 8
     assert network.ledger.events == {"rejected": 1}
     expected = by_hand(1, steps=lambda client, r: 2 if client == 1 else 3)
     state = result.arrays.to_torch_state_dict()

@@ -1,4 +1,4 @@
-"""A client half's way to its server half: encode, send, and decode what comes back."""
+"""A device's way to the server's part of its model: encode, send, and decode what comes back."""
 
 from __future__ import annotations
 
@@ -9,41 +9,51 @@ import torch
 from torch import Tensor
 
 from flwr_moe.exchange import ExchangeClient
-from flwr_moe.network.traffic import ACTIVATION_BYTES, EXCHANGES, GRADIENT_BYTES
-from flwr_moe.split.codecs import Chain, CodecKey, Place, Role, shape_text
+from flwr_moe.split.codecs import Chain, CodecKey, Place, Role
 from flwr_moe.split.protocol import (
-    ACTIVATION,
+    BACKWARD,
     CONTEXT,
-    GRADIENT,
+    FORWARD,
     HANDLER,
     LABELS,
+    BatchCall,
     with_prefix,
     without_prefix,
 )
 
 
 class CutLink:
-    """What one client sends over the cut in one round, and what comes back.
+    """What one client sends over its cuts in one round, and what comes back.
 
     Parameters
     ----------
     exchange : ExchangeClient
-        Of the server half.
+        Of the server's part.
     codecs : mapping of str to Chain
         By role.
     key : CodecKey
         Of batch 0: seed, round and partition hold for all.
-    facts : mapping of str to str
-        Said with every batch.
+    agreed : mapping of str to str
+        Said with every batch, see :func:`~flwr_moe.split.protocol.agreement`.
+    examples : int
+        That the client holds.
+    kept : tuple of int, optional
+        Units at the cut that it has; all without.
+    top_codecs : mapping of str to Chain, optional
+        By role, for the top cut, if labels stay with the client: then a batch takes two exchanges.
 
     Attributes
     ----------
-    activation_bytes, gradient_bytes, exchanges : int
-        Sent, received, and how often; labels and what else crosses the cut count with activations.
+    activation_bytes, gradient_bytes : int
+        Sent, and received, at the cut; labels and what else crosses count with activations.
+    top_activation_bytes, top_gradient_bytes : int
+        Received, and sent, at the top cut.
+    exchanges : int
+        How often.
     waited_s : float
         Wall seconds from sending to the answer, the server's work included.
     server_flops : int
-        Work of the server half in one step, as it has told.
+        Work of the server's part in one step, as it has told.
     """
 
     def __init__(
@@ -51,16 +61,24 @@ class CutLink:
         exchange: ExchangeClient,
         codecs: Mapping[Role, Chain],
         key: CodecKey,
-        facts: Mapping[str, str],
+        agreed: Mapping[str, str],
+        examples: int = 1,
+        kept: tuple[int, ...] | None = None,
+        top_codecs: Mapping[Role, Chain] | None = None,
     ) -> None:
-        self._exchange, self._codecs, self._key, self._facts = exchange, codecs, key, dict(facts)
+        self._exchange, self._key, self._agreed = exchange, key, dict(agreed)
+        self._examples, self._kept = examples, kept
+        self._codecs: dict[Place, Mapping[Role, Chain]] = {"cut": codecs}
+        if top_codecs is not None:
+            self._codecs["top"] = top_codecs
         self.activation_bytes = self.gradient_bytes = self.exchanges = self.server_flops = 0
+        self.top_activation_bytes = self.top_gradient_bytes = 0
         self.waited_s = 0.0
 
     @property
     def done(self) -> int:
         """Batches done."""
-        return self.exchanges
+        return self.exchanges // len(self._codecs)
 
     def send(
         self, activation: Tensor, context: Sequence[Tensor], labels: Tensor
@@ -74,49 +92,84 @@ class CutLink:
         ValueError
             If the activation is not finite, or the answer does not fit it.
         """
-        encoded = self._codecs["activation"].encode(activation, self._key_of("activation"))
-        tensors, metadata = with_prefix(ACTIVATION, encoded)
-        tensors |= {f"{CONTEXT}{i}": tensor for i, tensor in enumerate(context)}
-        tensors[LABELS] = labels
-        answer, told = self._call(tensors, {**metadata, "shape": shape_text(activation.shape)})
-        came = without_prefix(GRADIENT, answer, told)
-        gradient = self._codecs["gradient"].decode(came, self._key_of("gradient"))
-        check_fit(gradient, activation)
-        self.exchanges += 1
-        self.activation_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
-        self.gradient_bytes += came.num_bytes
-        self.server_flops = int(told.get("server-flops", self.server_flops))
+        beside = {**_numbered(context), LABELS: labels}
+        up, down = self._key_of("activation"), self._key_of("gradient")
+        gradient, sent, came, told = self._trade(activation, up, down, beside)
+        _check_fit(gradient, activation)
+        self.activation_bytes += sent
+        self.gradient_bytes += came
         return gradient, float(told["loss"])
 
-    def traffic(self) -> dict[str, int]:
-        """Say what was moved, under the names by which the network reads it from a reply."""
-        return {
-            ACTIVATION_BYTES: self.activation_bytes,
-            GRADIENT_BYTES: self.gradient_bytes,
-            EXCHANGES: self.exchanges,
-        }
+    def forward(self, activation: Tensor, context: Sequence[Tensor]) -> Tensor:
+        """Have the server's part run on a batch; the activation at the top cut.
 
-    def _call(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-    ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        facts = {
-            **self._facts,
-            "round": str(self._key.round),
-            "partition": str(self._key.partition),
-            "batch": str(self.done),
-            **metadata,
-        }
+        Raises
+        ------
+        ExchangeError
+            If the server's part does not answer, or refuses the batch.
+        ValueError
+            If the activation is not finite, or the answer cannot be read.
+        """
+        up, down = self._key_of("activation"), self._key_of("activation", "top")
+        top, sent, came, _ = self._trade(activation, up, down, _numbered(context), FORWARD)
+        self.activation_bytes += sent
+        self.top_activation_bytes += came
+        # Aligned in memory, matrix products round as they do in training of the whole model.
+        return top.clone()
+
+    def backward(self, gradient: Tensor, activation: Tensor) -> Tensor:
+        """Have the server's part learn from the gradient at the top cut; the one of `activation`.
+
+        Raises
+        ------
+        ExchangeError
+            If the server's part does not answer, or refuses the gradient.
+        ValueError
+            If the gradient is not finite, or the answer does not fit the activation.
+        """
+        up, down = self._key_of("gradient", "top"), self._key_of("gradient")
+        below, sent, came, _ = self._trade(gradient, up, down, {}, BACKWARD)
+        _check_fit(below, activation)
+        self.top_gradient_bytes += sent
+        self.gradient_bytes += came
+        return below
+
+    def _trade(
+        self,
+        tensor: Tensor,
+        up: CodecKey,
+        down: CodecKey,
+        beside: Mapping[str, Tensor],
+        stage: str = "",
+    ) -> tuple[Tensor, int, int, dict[str, str]]:
+        """Send one tensor and get another: that, bytes sent and received, and what was told."""
+        encoded = self._codecs[up.place][up.role].encode(tensor, up)
+        tensors, metadata = with_prefix(f"{up.role}.", encoded)
+        tensors |= beside
+        call = BatchCall(
+            up.partition, up.round, up.batch, self._examples, tuple(tensor.shape), self._kept, stage
+        )
         began = time.perf_counter()
-        answer = self._exchange.call(HANDLER, tensors, facts)
+        answer, told = self._exchange.call(
+            HANDLER, tensors, {**self._agreed, **call.metadata(), **metadata}
+        )
         self.waited_s += time.perf_counter() - began
-        return answer
+        came = without_prefix(f"{down.role}.", answer, told)
+        decoded = self._codecs[down.place][down.role].decode(came, down)
+        self.exchanges += 1
+        self.server_flops += int(told.get("server-flops", 0))
+        return decoded, sum(t.nbytes for t in tensors.values()), came.num_bytes, told
 
     def _key_of(self, role: Role, place: Place = "cut") -> CodecKey:
         key = self._key
         return CodecKey(key.seed, key.round, self.done, key.partition, role, place)
 
 
-def check_fit(gradient: Tensor, activation: Tensor) -> None:
+def _numbered(context: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{CONTEXT}{i}": tensor for i, tensor in enumerate(context)}
+
+
+def _check_fit(gradient: Tensor, activation: Tensor) -> None:
     """Raise ValueError unless a gradient that came fits its activation."""
     if gradient.shape != activation.shape or gradient.dtype != activation.dtype:
         raise ValueError(

@@ -6,24 +6,32 @@ goes over the tensor exchange: activations up, their gradient down.
 
 from __future__ import annotations
 
+from logging import WARNING
+
 import torch
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from torch.nn import functional
 
 from flwr_moe.client_apps.node import partition_of
 from flwr_moe.client_apps.split.link import CutLink, small_labels
-from flwr_moe.client_apps.split.ushape import train_both_ends
-from flwr_moe.client_apps.split.ushape_link import UShapeLink
-from flwr_moe.client_apps.split.visit import Visit, read_float, run_batches
+from flwr_moe.client_apps.split.visit import Visit
 from flwr_moe.client_apps.training import TaskFn
-from flwr_moe.split.session import LossFn
-from flwr_moe.split.step import adam, clip_gradient, cross_entropy_over_labels, send_back
+from flwr_moe.exchange import Unreachable
+from flwr_moe.messages.split import SplitFigures, SplitReply
+from flwr_moe.network.flower_adapter import log
+from flwr_moe.split.step import (
+    LossFn,
+    adam,
+    balance_loss,
+    clip_gradient,
+    counted,
+    cross_entropy_over_labels,
+    send_back,
+)
 from flwr_moe.training import Samples
 from flwr_moe.training.loop import Transform
-
-SPLIT_TRAIN = "train.split"
 
 
 def train_half(
@@ -75,31 +83,32 @@ def train_half(
     server half's share, divided by the order's ``server-speedup``.
     """
     visit = Visit(message, context, model)
-    link = visit.link(max(len(data), 1))
+    order, link = visit.order, visit.link(max(len(data), 1))
     losses: list[float] = []
     flops = head_flops = 0
-    if len(data) and isinstance(link, UShapeLink):
-        flops, head_flops = train_both_ends(visit, link, data, transform, loss_fn)
-    elif len(data):
-        losses, flops = _train(visit, link, data, transform)
+    if len(data):
+        losses, flops, head_flops = _train(visit, link, data, transform, loss_fn)
     done = link.done
     whole = visit.dense_flops(data, flops) + head_flops + link.server_flops
-    seconds_per_flop = read_float(visit.config, "seconds-per-step") / max(whole, 1)
+    seconds_per_flop = order.seconds_per_step / max(whole, 1)
     device_s = done * seconds_per_flop * (flops + head_flops)
-    server_s = done * seconds_per_flop * link.server_flops
-    server_s /= read_float(visit.config, "server-speedup")
-    metrics: dict[str, int | float | list[int] | list[float]] = {
-        "num-examples": len(data),
-        "steps": done,
-        "kept-share": visit.kept.share if visit.kept else 1.0,
-        "compute-seconds": device_s + server_s,
-        "device-seconds": device_s,
-        **link.traffic(),
-    }
-    if visit.ushape is None:  # where labels stay here, so does what is computed from them
-        metrics["train-loss"] = sum(losses) / max(done, 1)
-    content = RecordDict({"metrics": MetricRecord(metrics), **visit.leave()})
-    return Message(content, reply_to=message)
+    server_s = done * seconds_per_flop * link.server_flops / order.server_speedup
+    ushape = visit.parts.head is not None
+    figures = SplitFigures(
+        num_examples=len(data),
+        steps=done,
+        kept_share=visit.kept.share if visit.kept else 1.0,
+        compute_seconds=device_s + server_s,
+        device_seconds=device_s,
+        activation_bytes=link.activation_bytes + link.top_gradient_bytes,
+        gradient_bytes=link.gradient_bytes + link.top_activation_bytes,
+        exchanges=link.exchanges,
+        gradient_bytes_up=link.top_gradient_bytes if ushape else None,
+        activation_bytes_down=link.top_activation_bytes if ushape else None,
+        train_loss=None if ushape else sum(losses) / max(done, 1),
+    )
+    reply = SplitReply(figures, visit.leave())
+    return Message(reply.to_record(), reply_to=message)
 
 
 def register_split_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
@@ -138,20 +147,72 @@ def register_split_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
 
 
 def _train(
-    visit: Visit, link: CutLink, data: Samples, transform: Transform | None
-) -> tuple[list[float], int]:
-    """Train the half for the order's steps; the losses, and the work of one step."""
-    half = visit.half.train()
-    optimiser = adam(half, visit.order.learning_rate)
-    clip = read_float(visit.config, "clip")
+    visit: Visit, link: CutLink, data: Samples, transform: Transform | None, loss_fn: LossFn
+) -> tuple[list[float], int, int]:
+    """Do the order's steps, as many as the server's part lives to see.
+
+    A batch that it does not finish changes no parameter.
+
+    Returns
+    -------
+    list of float, int, int
+        Their losses, and the work of one step of the half and of the head.
+
+    Raises
+    ------
+    ExchangeError
+        If the server's part refuses a batch, or does not answer the first one.
+    ValueError
+        If a value that is to travel is not finite.
+    """
+    training, head = visit.training, visit.parts.head
+    ends = [visit.half.train()] if head is None else [visit.half.train(), head.train()]
+    optimisers = [adam(end, training.learning_rate) for end in ends]
+    in_place = head is not None and any(getattr(m, "inplace", False) for m in head.modules())
+    labels = small_labels(data.y) if head is None else data.y.long()
+    losses, flops, head_flops = [], 0, 0
+
+    def judge(head: nn.Module, top: Tensor, context: list[Tensor], y: Tensor) -> float:
+        loss = loss_fn(head(top.clone() if in_place else top, *context), y)
+        extra = balance_loss(head)
+        (loss if extra is None else loss + extra).backward()
+        if top.grad is None:
+            raise ValueError("the loss does not depend on the activation at the top cut")
+        return float(loss.detach())
 
     def step(x: Tensor, y: Tensor) -> float:
-        optimiser.zero_grad(set_to_none=True)
-        activation, *context = half(x)
-        gradient, loss = link.send(activation.detach(), context, y)
-        send_back(activation, gradient, half)
-        clip_gradient(half, clip)
-        optimiser.step()
+        nonlocal head_flops
+        for optimiser in optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        activation, *context = visit.half(x)
+        if head is None:
+            gradient, loss = link.send(activation.detach(), context, y)
+        else:
+            up = context[: visit.parts.num_up]
+            top = link.forward(activation.detach(), up).requires_grad_()
+            loss, work = counted(lambda: judge(head, top, context, y), link.done == 0)
+            head_flops += work
+            assert top.grad is not None
+            gradient = link.backward(top.grad, activation)
+        send_back(activation, gradient, visit.half)
+        for end, optimiser in zip(ends, optimisers, strict=True):
+            clip_gradient(end, visit.order.clip)
+            optimiser.step()
         return loss
 
-    return run_batches(visit, data, small_labels(data.y), transform, step)
+    generator = training.generator
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        for number in range(training.steps):
+            batch = torch.randint(len(data), (training.batch_size,), generator=generator)
+            x = data.x[batch] if transform is None else transform(data.x[batch], generator)
+            try:
+                loss, work = counted(lambda x=x, y=labels[batch]: step(x, y), number == 0)  # type: ignore[misc]
+            except Unreachable as error:
+                if number == 0:
+                    raise
+                log(WARNING, "node %d: server half lost: %s", visit.partition, error)
+                break
+            losses.append(loss)
+            flops += work
+    return losses, flops - head_flops, head_flops

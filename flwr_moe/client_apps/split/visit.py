@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from logging import WARNING
-
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from torch import Tensor, nn
 
 from flwr_moe.client_apps.node import Access, exchange_client, partition_of
 from flwr_moe.client_apps.split.link import CutLink
-from flwr_moe.client_apps.split.ushape_link import UShapeLink
-from flwr_moe.exchange import Unreachable
-from flwr_moe.messages.exchange import ExchangeAccess
+from flwr_moe.messages.split import SplitOrder
 from flwr_moe.messages.training import TrainOrder
-from flwr_moe.network.flower_adapter import log
-from flwr_moe.network.nodes import EXCHANGE_URL
-from flwr_moe.split.codecs import CodecKey, cut_codecs, shape_text
-from flwr_moe.split.cut import UShape, materialise, split_in_three, split_model
-from flwr_moe.split.protocol import agreement, top_agreement
+from flwr_moe.split.codecs import CodecKey, cut_codecs
+from flwr_moe.split.cut import Split, materialise, split_in_three, split_model
+from flwr_moe.split.protocol import agreement
 from flwr_moe.split.prune import Kept, PruneSchedule, choose_kept, put_back, shrink
 from flwr_moe.split.prune_groups import find_groups
-from flwr_moe.split.step import counted, quick_layout, step_flops
+from flwr_moe.split.step import quick_layout, step_flops
 from flwr_moe.training import Samples
-from flwr_moe.training.loop import Transform
 
-SPLIT_STEPS = "split-steps"
-"""Config key that marks an order for split training: its number of batches."""
 OWN_HALF, OWN_KEPT, OWN_VERSION = "flwr-moe.half", "flwr-moe.kept", "flwr-moe.half-version"
-
-Step = Callable[[Tensor, Tensor], float]
-"""Trains on inputs and labels of one batch and returns the loss."""
 
 
 class Visit:
@@ -44,12 +30,16 @@ class Visit:
 
     Attributes
     ----------
-    ushape : UShape or None
-        The model in three parts, if labels stay here.
-    dense, half : nn.Module
-        The first part, whole and as it is trained.
+    order : SplitOrder
+        What is asked for.
+    training : TrainOrder
+        Batches, rate and seed of it.
+    parts : Split
+        The model's parts; those of the client have their values.
     kept : Kept or None
         Units that the half has; None for all.
+    half : nn.Module
+        The client half as it is trained.
 
     Raises
     ------
@@ -58,82 +48,79 @@ class Visit:
     """
 
     def __init__(self, message: Message, context: Context, model: nn.Module) -> None:
-        sent = message.content
-        config = next((c for c in sent.config_records.values() if SPLIT_STEPS in c), None)
-        if config is None:
-            raise ValueError(f"the message has no config record with {SPLIT_STEPS!r}")
-        self.config, self.context = config, context
-        self.partition = partition_of(context)
-        self.order = TrainOrder.of(
-            ConfigRecord({**config, "local-steps": config[SPLIT_STEPS]}), self.partition
+        self.context, self.partition = context, partition_of(context)
+        self.order = order = SplitOrder.of(message.content)
+        self.training = TrainOrder.of(
+            {
+                **order.extra,
+                "server-round": order.server_round,
+                "local-steps": order.split_steps,
+            },
+            self.partition,
         )
-        self.round = read_int(config, "server-round")
-        bits = read_int(config, "bits")
-        self.codecs = cut_codecs(dropout=read_float(config, "dropout"), bits=bits or None)
-        at = str(config["cut"])
-        self.agreed = agreement(model.state_dict(), at, self.codecs)
-        self.top_codecs = cut_codecs(bits=bits or None)
-        self.ushape: UShape | None = None
-        top_cut, own = str(config.get("top-cut", "")), self._own_half(sent)
-        if top_cut:
-            self.ushape = split_in_three(model, at, top_cut)
-            self.agreed |= top_agreement(top_cut, self.top_codecs)
-            names = self.ushape.head.state_dict().keys() & own.keys()
-            materialise(self.ushape.head, {name: own.pop(name) for name in names})
-            quick_layout(self.ushape.head)
-        self.dense = (self.ushape or split_model(model, at)).client
-        materialise(self.dense, own)
+        self.codecs = cut_codecs(dropout=order.dropout, bits=order.bits or None)
+        self.top_codecs = cut_codecs(bits=order.bits or None) if order.top_cut else None
+        own = self._own_half(next(iter(message.content.array_records.values()), None))
+        self.parts = parts = self._cut(model)
+        self.agreed = agreement(
+            model.state_dict(), parts.at, self.codecs, parts.top_cut, self.top_codecs
+        )
+        if parts.head is not None:
+            names = parts.head.state_dict().keys() & own.keys()
+            materialise(parts.head, {name: own.pop(name) for name in names})
+            quick_layout(parts.head)
+        materialise(parts.client, own)
         self.kept = self._choose()
-        self.half = quick_layout(shrink(self.dense, self.kept) if self.kept else self.dense)
+        self.half = quick_layout(shrink(parts.client, self.kept) if self.kept else parts.client)
 
     def link(self, num_examples: int) -> CutLink:
-        """Open the way to the server half."""
-        url = str(self.config.get(EXCHANGE_URL, ""))
-        if not url:
-            raise ValueError(f"{EXCHANGE_URL!r} is not in the message, expected the server half's")
-        facts = {**self.agreed, "examples": str(num_examples)}
+        """Open the way to the server's part."""
+        order = self.order
+        if not order.exchange_url:
+            raise ValueError("'exchange-url' is not in the message, expected the server half's")
+        seed = int(order.extra["seed"])
+        key = CodecKey(seed, order.server_round, 0, self.partition, "activation")
         output = self.kept.output if self.kept else None
-        if self.kept and output is not None:
-            facts["kept"] = shape_text(self.kept.indices[output.name])
-        key = CodecKey(read_int(self.config, "seed"), self.round, 0, self.partition, "activation")
-        exchange = exchange_client(
-            url, Access.of(self.context, ExchangeAccess.from_record(self.config))
+        units = self.kept.indices[output.name] if self.kept and output else None
+        exchange = exchange_client(order.exchange_url, Access.of(self.context, order))
+        return CutLink(
+            exchange, self.codecs, key, self.agreed, num_examples, units, self.top_codecs
         )
-        if self.ushape is None:
-            return CutLink(exchange, self.codecs, key, facts)
-        return UShapeLink(exchange, self.codecs, key, facts, top_codecs=self.top_codecs)
 
     def dense_flops(self, data: Samples, flops: int) -> int:
         """Count a step of the half as it would be unpruned."""
         if self.kept is None or self.kept.share == 1 or not len(data):
             return flops
-        size = self.order.batch_size
+        size = self.training.batch_size
         few = data.x[: min(size, 2, len(data))]
-        return step_flops(self.dense, few) * size // len(few)
+        return step_flops(self.parts.client, few) * size // len(few)
 
-    def leave(self) -> dict[str, ArrayRecord]:
+    def leave(self) -> ArrayRecord | None:
         """Keep what stays at the node, and return what goes to the server."""
-        state = self.dense.state_dict()
+        state = self.parts.client.state_dict()
         if self.kept is not None:
             put_back(state, self.half.state_dict(), self.kept)
             self.context.state[OWN_KEPT] = ConfigRecord(
                 {name: list(units) for name, units in self.kept.indices.items()}
             )
-        if self.ushape is not None:
-            state |= self.ushape.head.state_dict()
-        if self.config.get("keep-half", False):
+        if self.parts.head is not None:
+            state |= self.parts.head.state_dict()
+        if self.order.keep_half:
             self.context.state[OWN_HALF] = ArrayRecord(state)
-            version = read_int(self.config, "half-version")
-            self.context.state[OWN_VERSION] = MetricRecord({"version": version})
-        return {"half": ArrayRecord(state)} if self.config.get("send-half", True) else {}
+            self.context.state[OWN_VERSION] = MetricRecord({"version": self.order.half_version})
+        return ArrayRecord(state) if self.order.send_half else None
 
-    def _own_half(self, sent: RecordDict) -> dict[str, Tensor]:
+    def _cut(self, model: nn.Module) -> Split:
+        if self.order.top_cut:
+            return split_in_three(model, self.order.cut, self.order.top_cut)
+        return split_model(model, self.order.cut)
+
+    def _own_half(self, came: ArrayRecord | None) -> dict[str, Tensor]:
         """Go on with the node's own half if it began from the average that the message is of."""
         own = self.context.state.array_records.get(OWN_HALF)
         version = self.context.state.metric_records.get(OWN_VERSION, MetricRecord())
-        came = next(iter(sent.array_records.values()), None)
-        began = version.get("version") == read_int(self.config, "half-version")
-        if own is not None and began and not self.config.get("fresh", False):
+        began = version.get("version") == self.order.half_version
+        if own is not None and began and not self.order.fresh:
             return dict(own.to_torch_state_dict())
         if came is None:
             raise ValueError("the node has lost its half of the model, the average is needed")
@@ -141,66 +128,15 @@ class Visit:
 
     def _choose(self) -> Kept | None:
         """Choose the units that stay, or stay with those of the last choice."""
+        order, half = self.order, self.parts.client
         schedule = PruneSchedule(
-            read_float(self.config, "prune"),
-            read_int(self.config, "prune-start"),
-            read_int(self.config, "prune-ramp"),
-            read_int(self.config, "prune-every"),
+            order.prune, order.prune_start, order.prune_ramp, order.prune_every
         )
-        rate = schedule.rate_in(self.round)
+        rate = schedule.rate_in(order.server_round)
         if not rate:
             return None
         known = self.context.state.config_records.get(OWN_KEPT)
-        if known is None or self.config.get("fresh", False) or schedule.chooses(self.round):
-            return choose_kept(self.dense, rate, prune_output=True)
-        groups = find_groups(self.dense, prune_output=True)
+        if known is None or order.fresh or schedule.chooses(order.server_round):
+            return choose_kept(half, rate, prune_output=True)
+        groups = find_groups(half, prune_output=True)
         return Kept.of(groups, {name: list(units) for name, units in known.items()})  # type: ignore[arg-type]
-
-
-def run_batches(
-    visit: Visit, data: Samples, labels: Tensor, transform: Transform | None, step: Step
-) -> tuple[list[float], int]:
-    """Do the order's steps, as many as the server half lives to see.
-
-    Returns
-    -------
-    list of float, int
-        Their losses, and the work of one step.
-
-    Raises
-    ------
-    ExchangeError
-        If the server half refuses a batch, or does not answer the first one.
-    """
-    order, losses, flops = visit.order, [], 0
-    generator = order.generator
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(order.seed)
-        for number in range(order.steps):
-            batch = torch.randint(len(data), (order.batch_size,), generator=generator)
-            x = data.x[batch] if transform is None else transform(data.x[batch], generator)
-            try:
-                if number == 0:
-                    loss, flops = counted(lambda x=x, y=labels[batch]: step(x, y))  # type: ignore[misc]
-                else:
-                    loss = step(x, labels[batch])
-            except Unreachable as error:
-                if number == 0:
-                    raise
-                log(WARNING, "node %d: server half lost: %s", visit.partition, error)
-                break
-            losses.append(loss)
-    return losses, flops
-
-
-def read_float(config: ConfigRecord, key: str) -> float:
-    """Read a number of an order; ValueError if it is none, 0 if it is missing."""
-    value = config.get(key, 0)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{key!r} is {value!r} in the message, expected a number")
-    return float(value)
-
-
-def read_int(config: ConfigRecord, key: str) -> int:
-    """Read a whole number of an order."""
-    return int(read_float(config, key))

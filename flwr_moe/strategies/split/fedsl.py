@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from logging import INFO
 from typing import Any
 
@@ -11,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from torch import nn
 
+from flwr_moe.messages.split import SplitOrder
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.split.codecs import cut_codecs
@@ -18,6 +20,7 @@ from flwr_moe.split.cut import materialise
 from flwr_moe.split.prune import Kept, PruneSchedule, choose_kept, silenced
 from flwr_moe.split.prune_groups import find_groups
 from flwr_moe.strategies.averaging import to_arrays, to_record
+from flwr_moe.strategies.split.run import SplitRun
 from flwr_moe.strategies.split.splitfed import SplitFed
 
 
@@ -84,15 +87,10 @@ class FedSL(SplitFed):
                 "expected 0 or another cut"
             )
 
-    def reset(self) -> None:
-        """Start anew: a second run of the same strategy gives what the first one gave."""
-        super().reset()
-        self._kept: Kept | None = None
-
     @property
     def dense_half(self) -> ArrayRecord:
         """The average of the client halves with the values of pruned units, to train on from."""
-        return to_record(self._half)
+        return to_record(self.run.half)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -101,7 +99,8 @@ class FedSL(SplitFed):
         schedule = self._schedules.get(-1)
         if schedule is not None and schedule.chooses(server_round):
             same = server_round == 1 or self._averages(server_round - 1)
-            self._kept = self._choice(schedule.rate_in(server_round)) if same else None
+            rate = schedule.rate_in(server_round)
+            self.run.kept = self._choice(rate) if same else None
         return super().configure_train(server_round, arrays, config, grid)
 
     def summary(self) -> None:
@@ -117,25 +116,26 @@ class FedSL(SplitFed):
 
     def _choice(self, rate: float) -> Kept:
         client = copy.deepcopy(self.split.client)
-        state = to_record(self._half).to_torch_state_dict()
+        state = self.dense_half.to_torch_state_dict()
         materialise(client, {key: state[key] for key in client.state_dict()})
         return choose_kept(client, rate, prune_output=True)
 
-    def _answering(self) -> Mapping[str, Any]:
+    def _answering(self, run: SplitRun) -> Mapping[str, Any]:
         # The server half has learnt with zeros where devices have pruned the cut.
-        if self._kept is None:
-            return self._half
-        state = to_record(self._half).to_torch_state_dict()
-        return to_arrays(ArrayRecord(silenced(state, self._kept)))
+        if run.kept is None:
+            return run.half
+        state = to_record(run.half).to_torch_state_dict()
+        return to_arrays(ArrayRecord(silenced(state, run.kept)))
 
-    def _lightening(self, node: NodeProfile) -> dict[str, int | float]:
-        every = PruneSchedule(0.0)
-        schedule = self._schedules.get(-1, self._schedules.get(node.partition_id, every))
-        return {
-            "dropout": self.dropout,
-            "bits": self.bits,
-            "prune": schedule.rate,
-            "prune-start": schedule.start_round,
-            "prune-ramp": schedule.ramp_rounds,
-            "prune-every": schedule.every,
-        }
+    def _order(self, server_round: int, node: NodeProfile, config: ConfigRecord) -> SplitOrder:
+        none = PruneSchedule(0.0)
+        schedule = self._schedules.get(-1, self._schedules.get(node.partition_id, none))
+        return replace(
+            super()._order(server_round, node, config),
+            dropout=self.dropout,
+            bits=self.bits,
+            prune=schedule.rate,
+            prune_start=schedule.start_round,
+            prune_ramp=schedule.ramp_rounds,
+            prune_every=schedule.every,
+        )

@@ -6,44 +6,42 @@ import copy
 import random
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from logging import INFO, WARNING
+from logging import INFO
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flwr_moe.client_apps.split.training import SPLIT_TRAIN
-from flwr_moe.network import (
-    MESSAGE_TTL_S,
-    MeteredGrid,
-    SimulatedGrid,
-)
+from flwr_moe.exchange.app import Handler
+from flwr_moe.exchange.request import Refused
+from flwr_moe.messages.base import read_value
+from flwr_moe.messages.split import SPLIT_TRAIN, SplitOrder
+from flwr_moe.network import MESSAGE_TTL_S
 from flwr_moe.network.flower_adapter import log
+from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.split.codecs import Chain, Role, cut_codecs
-from flwr_moe.split.cut import Split
+from flwr_moe.split.cut import Split, materialise, split_in_three, split_model
 from flwr_moe.split.meta import ExampleInputs
-from flwr_moe.split.session import LossFn, SplitSession
-from flwr_moe.strategies.averaging import to_arrays, to_record, weighted_mean
+from flwr_moe.split.protocol import HANDLER, Answer, agreement
+from flwr_moe.split.prune_groups import find_groups
+from flwr_moe.split.session import SERVERS, SplitSession
+from flwr_moe.split.step import LossFn
+from flwr_moe.strategies.averaging import to_arrays, to_record
 from flwr_moe.strategies.in_turn import InTurn
 from flwr_moe.strategies.nodes import sample, wait_for, with_clock
-from flwr_moe.strategies.split.replies import book_by_role, halves_of, metrics_of
-from flwr_moe.strategies.split.serving import SplitServing
-from flwr_moe.strategies.split.setup import (
-    check_settings,
-    cut_for,
-    local_exchange,
-    local_steps,
-    number,
-)
+from flwr_moe.strategies.split.run import SplitRun, local_exchange
 
+LABELS = ("server", "client")
+"""Where labels may be."""
+CONFIG = "in the train_config"
 Calibrate = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
-class SplitFed(SplitServing):
+class SplitFed(FedAvg):
     """Federated split learning: devices train the first half of a model, the server the rest.
 
     Flower carries orders, client halves and figures. Activations and gradients go over the tensor
@@ -132,9 +130,31 @@ class SplitFed(SplitServing):
         **kwargs: Any,
     ) -> None:
         super().__init__(fraction_evaluate=fraction_evaluate, **kwargs)
-        check_settings(interval, server, learning_rate, clip, server_speedup, exchange_timeout_s)
+        for name, value, fits, expected in (
+            ("interval", interval, interval >= 1, "at least 1 round"),
+            ("server", server, server in SERVERS, f"one of {', '.join(SERVERS)}"),
+            ("learning_rate", learning_rate, learning_rate > 0, "above 0"),
+            ("clip", clip, clip >= 0, "0 (off) or more"),
+            ("server_speedup", server_speedup, server_speedup > 0, "above 0"),
+            ("exchange_timeout_s", exchange_timeout_s, exchange_timeout_s > 0, "above 0"),
+            ("labels", labels, labels in LABELS, f"one of {', '.join(LABELS)}"),
+            (
+                "top_cut",
+                top_cut,
+                labels == "client" or not top_cut,
+                "none unless labels is 'client'",
+            ),
+        ):
+            if not fits:
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
+        if labels == "client" and loss_fn is not functional.cross_entropy:
+            raise ValueError("loss_fn is the clients' with labels 'client': give it to train_half")
         whole = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
-        self.split: Split = cut_for(labels, whole, at, top_cut, example_inputs, loss_fn)
+        self.split: Split = (
+            split_in_three(whole, at, top_cut, example_inputs)
+            if labels == "client"
+            else split_model(whole, at, example_inputs)
+        )
         self.at, self.interval, self.server = at, interval, server
         self.learning_rate, self.clip, self.loss_fn = learning_rate, clip, loss_fn
         self.server_speedup = server_speedup
@@ -143,25 +163,19 @@ class SplitFed(SplitServing):
         self.calibrate, self.seed = calibrate, seed
         self.codecs: dict[Role, Chain] = cut_codecs()
         self.top_codecs: dict[Role, Chain] = cut_codecs()
-        self.reset()
+        self._run: SplitRun | None = None
 
-    def reset(self) -> None:
-        """Start anew: a second run of the same strategy gives what the first one gave."""
-        self._rng = random.Random(self.seed)
-        self._grid: SimulatedGrid | MeteredGrid | None = None
-        self._session: SplitSession | None = None
-        self._half: dict[str, Any] = {}
-        self._snapshot = ArrayRecord()
-        self._version = 0
-        self._informed: set[int] = set()
-        self._met: set[int] = set()
-        self._address = "", ""
-        self._sent: dict[int, RecordDict] = {}
-        self._partitions: dict[int, int] = {}
-        self._steps = 0
-        self._last_round = 0
-        self.unfinished: dict[int, int] = {}
-        self.batches = 0
+    @property
+    def handlers(self) -> Mapping[str, Handler]:
+        """What the exchange at ``exchange_url`` answers calls with."""
+        return {HANDLER: self._answer}
+
+    @property
+    def run(self) -> SplitRun:
+        """What is known of the last run; ValueError before the first."""
+        if self._run is None:
+            raise ValueError(f"{type(self).__name__} runs by start(), which has not been called")
+        return self._run
 
     def summary(self) -> None:
         """Log the settings."""
@@ -192,22 +206,26 @@ class SplitFed(SplitServing):
         ValueError
             If the arrays are not the model's.
         """
-        self.reset()
-        self._grid = grid = with_clock(grid, timeout)
-        self._last_round = num_rounds
+        grid = with_clock(grid, timeout)
+        config = train_config or ConfigRecord()
+        steps_of(config)
         state = initial_arrays.to_torch_state_dict()
-        self._session = self._open_session(state, train_config)
-        local_steps(train_config or ConfigRecord())
-        client = self.split.client_state_dict()
-        self._half = to_arrays(ArrayRecord({key: state[key] for key in client}))
-        self._snapshot = initial_arrays
-        self._address = self.exchange_url, self.exchange_token
+        client = {key: state[key] for key in self.split.client_state_dict() if key in state}
+        self._run = run = SplitRun(
+            grid,
+            self._open_session(state, config),
+            to_arrays(ArrayRecord(client)),
+            initial_arrays,
+            num_rounds,
+            random.Random(self.seed),
+            (self.exchange_url, self.exchange_token),
+        )
         with ExitStack() as stack:
             if not self.exchange_url:
                 # Simulated nodes have all been started when they have answered: a process that
                 # is forked while a server's threads run may hang.
                 wait_for(grid, self.min_available_nodes)
-                self._address = stack.enter_context(local_exchange(self.handlers))
+                run.address = stack.enter_context(local_exchange(self.handlers))
             return super().start(
                 grid if self.server == "copies" else InTurn(grid),
                 initial_arrays,
@@ -218,36 +236,27 @@ class SplitFed(SplitServing):
                 evaluate_fn,
             )
 
-    def _answering(self) -> Mapping[str, Any]:
-        """Return the average of the client halves as devices run it."""
-        return self._half
-
     # --- the hooks of a round ----------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Open the round at the server half, and write every sampled client's order."""
+        run = self.run
         least = self.min_available_nodes if server_round == 1 else 1
-        nodes = list(wait_for(self._network, least).values())
-        nodes = sample(nodes, self.fraction_train, self.min_train_nodes, self._rng)
-        self._steps = local_steps(config)
-        self._running.begin_round(
-            server_round,
-            self._steps,
-            [node.partition_id for node in nodes],
-            number(config, "learning-rate", self.learning_rate),
+        nodes = list(wait_for(run.network, least).values())
+        nodes = sample(nodes, self.fraction_train, self.min_train_nodes, run.rng)
+        rate = read_value(
+            config, "learning-rate", float, default=self.learning_rate, place=CONFIG, least=0
         )
-        self._sent = {}
-        # A node may be gone when its reply is read: who it was is noted now.
-        self._partitions = {node.node_id: node.partition_id for node in nodes}
+        run.begin_round(server_round, steps_of(config), nodes, rate)
         messages = []
         for node in nodes:
-            order = ConfigRecord(self._order(server_round, node, config))
+            order = self._order(server_round, node, config).to_record()
             content = RecordDict({self.configrecord_key: order})
-            if node.node_id not in self._informed:
-                content[self.arrayrecord_key] = to_record(self._half)
-            self._sent[node.node_id] = content
+            if node.node_id not in run.informed:
+                content[self.arrayrecord_key] = to_record(run.half)
+            run.sent[node.node_id] = content
             messages.append(Message(content, node.node_id, SPLIT_TRAIN, ttl=MESSAGE_TTL_S))
         return messages
 
@@ -255,43 +264,86 @@ class SplitFed(SplitServing):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Close the round at the server half, and average the client halves if it is time."""
-        network, done = self._network, self._running.end_round()
-        self.batches += sum(done.values())
-        partitions = self._partitions
-        order = [m for m in replies if m.metadata.src_node_id in partitions]
-        order.sort(key=lambda m: partitions[m.metadata.src_node_id])
-        heard = []
-        for reply in order:
-            node_id = reply.metadata.src_node_id
-            book_by_role(network.ledger, partitions[node_id], reply)
-            reason = self._why_unusable(reply)
-            if reason is not None:
-                # A simulated Grid has counted and logged errors itself.
-                if not (reply.has_error() and isinstance(network, SimulatedGrid)):
-                    log(WARNING, "node %d: %s", partitions[node_id], reason)
-                if not reply.has_error():
-                    network.ledger.event("rejected")
-                continue
-            heard.append(reply)
-        told = {m.metadata.src_node_id for m in heard}
-        for node_id in self._sent:
-            partition = partitions[node_id]
-            if done.get(partition, 0) < self._steps:
-                self.unfinished[partition] = self.unfinished.get(partition, 0) + 1
-        self._met |= told
-        # Who failed may have lost what it had been sent: it is told everything again.
-        self._informed = (self._informed | told) - (self._sent.keys() - told)
-        if self._averages(server_round):
-            halves, weights = halves_of(heard, self._steps, self.weighted_by_key)
-            if sum(weights) > 0:
-                self._half = weighted_mean(halves, weights)
-            self._version += 1
-            self._informed = set()
-            joined = {**self._answering(), **to_arrays(ArrayRecord(self._running.state_dict()))}
+        run, key = self.run, self.weighted_by_key
+        run.end_round()
+        averages = self._averages(server_round)
+        heard = run.hear(replies, averages)
+        if averages:
+            run.average(heard, key)
+            joined = {**self._answering(run), **to_arrays(ArrayRecord(run.session.state_dict()))}
             if self.calibrate is not None:
                 whole = to_record(joined).to_torch_state_dict()
                 joined = to_arrays(ArrayRecord(dict(self.calibrate(whole))))
-            self._snapshot = to_record({key: joined[key] for key in self._snapshot})
-        key = self.weighted_by_key
-        figures = metrics_of(heard, key)
-        return self._snapshot, self.train_metrics_aggr_fn(figures, key) if figures else None
+            run.snapshot = to_record({key: joined[key] for key in run.snapshot})
+        if sum(reply.weight(key) for reply in heard) <= 0:
+            return run.snapshot, None
+        figures = [RecordDict({"metrics": reply.figures.to_record()}) for reply in heard]
+        return run.snapshot, self.train_metrics_aggr_fn(figures, key)
+
+    # --- inside ------------------------------------------------------------------
+
+    def _answer(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Answer:
+        if self._run is None:
+            raise Refused("no run has been started", 409)
+        return self._run.session.handle(tensors, metadata)
+
+    def _open_session(self, state: Mapping[str, Tensor], config: ConfigRecord) -> SplitSession:
+        """Give a copy of the server's part its values, and make the session that trains it."""
+        split = copy.deepcopy(self.split)
+        own = {**split.client_state_dict(), **split.server.state_dict()}
+        for key in sorted(own.keys() ^ state.keys()):
+            where = "missing in the initial arrays" if key in own else "not of the model"
+            raise ValueError(f"tensor {key!r} is {where}")
+        materialise(split.server, {key: state[key] for key in split.server.state_dict()})
+        groups = find_groups(split.client, prune_output=True)
+        top_codecs = None if split.head is None else self.top_codecs
+        return SplitSession(
+            split.server,
+            self.codecs,
+            agreement(own, split.at, self.codecs, split.top_cut, top_codecs),
+            top_codecs=top_codecs,
+            server=self.server,
+            seed=read_value(config, "seed", int, default=self.seed, place=CONFIG, least=0),
+            clip=self.clip,
+            loss_fn=self.loss_fn,
+            output=next((group for group in groups if group.output_dim is not None), None),
+        )
+
+    def _order(self, server_round: int, node: NodeProfile, config: ConfigRecord) -> SplitOrder:
+        """Write what a node is to do in a round."""
+        run = self.run
+        passed = {k: v for k, v in config.items() if k not in ("local-steps", "max-local-steps")}
+        return SplitOrder(
+            split_steps=run.steps,
+            server_round=server_round,
+            cut=self.at,
+            top_cut=self.split.top_cut or None,
+            clip=self.clip,
+            send_half=self._averages(server_round),
+            keep_half=self.interval > 1,
+            half_version=run.version,
+            fresh=node.node_id not in run.met,
+            seconds_per_step=1 / node.steps_per_second,
+            server_speedup=self.server_speedup,
+            exchange_url=run.address[0],
+            exchange_token=run.address[1],
+            exchange_timeout_s=self.exchange_timeout_s,
+            extra={
+                "seed": self.seed,
+                "learning-rate": self.learning_rate,
+                "batch-size": 32,
+                **passed,
+            },
+        )
+
+    def _averages(self, server_round: int) -> bool:
+        return server_round % self.interval == 0 or server_round == self.run.last_round
+
+    def _answering(self, run: SplitRun) -> Mapping[str, Any]:
+        """Return the average of the client halves as devices run it."""
+        return run.half
+
+
+def steps_of(config: ConfigRecord) -> int:
+    """Read the number of batches of a round; ValueError if it is none."""
+    return int(read_value(config, "local-steps", int, place=CONFIG, least=1))
