@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--constellation", metavar="NAME", help="a preset or a Walker pattern")
     source.add_argument(
-        "--elements", metavar="FILE", help="orbital elements: TLE, or OMM as JSON, XML or CSV"
+        "--elements", metavar="FILE", help="orbital elements: TLE, or OMM as JSON, XML, CSV or KVN"
     )
     parser.add_argument(
         "--site",

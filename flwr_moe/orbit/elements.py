@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr_moe.orbit.omm import from_records, to_record
-from flwr_moe.orbit.omm_formats import Record, csv_records, json_records, xml_records
+from flwr_moe.orbit.omm_formats import Record, csv_records, json_records, kvn_records, xml_records
 from flwr_moe.orbit.satellite import catalogue_number
 from flwr_moe.orbit.tle import parse_tle
 
@@ -17,6 +17,7 @@ _READERS: dict[str, Callable[[str], list[Record]]] = {
     ".json": json_records,
     ".xml": xml_records,
     ".csv": csv_records,
+    ".kvn": kvn_records,
 }
 
 
@@ -24,8 +25,8 @@ def load_elements(path: str | Path) -> list[Any]:
     """Read satellites from a file of orbital elements.
 
     The content decides how it is read, the file's ending only where the content does not show it:
-    two-line elements with or without name lines, or OMM (CCSDS 502.0) as JSON, XML or CSV as
-    CelesTrak and Space-Track give them.
+    two-line elements with or without name lines, or OMM (CCSDS 502.0) as JSON, XML, CSV or KVN
+    as CelesTrak and Space-Track give them.
 
     Parameters
     ----------
@@ -101,6 +102,8 @@ def _reader(text: str, suffix: str) -> Callable[[str], list[Record]] | None:
     header = text.splitlines()[0]
     if "," in header and "EPOCH" in header:
         return csv_records
+    if header.startswith("CCSDS_OMM_VERS"):
+        return kvn_records
     return _READERS.get(suffix)
 
 

@@ -1,4 +1,9 @@
-"""Orbit mean-elements messages (CCSDS 502.0): records to satellites and back."""
+"""Orbit mean-elements messages (CCSDS 502.0): records to satellites and back.
+
+`sgp4.omm.initialize` and `sgp4.exporter.export_omm` do this as fast, but need every key and a
+fraction in the epoch, stop at catalogue number 339999 and at satellites without a launch, and check
+no value: SGP4 would propagate an inclination in radians, a TAI epoch, or SGP4-XP's elements.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 
 import numpy as np
@@ -124,21 +124,12 @@ class PassTable:
                 f"the table has {len(self.sites)} sites"
             )
         keep = self.site == site_index
-        return PassTable(
-            self.satellite[keep],
-            self.site[keep],
-            self.rise_s[keep],
-            self.culmination_s[keep],
-            self.set_s[keep],
-            self.max_elevation_deg[keep],
-            self.open_start[keep],
-            self.open_end[keep],
-            self.start,
-            self.horizon_s,
-            self.satellite_names,
-            self.sites,
-            self.min_elevation_deg,
-        )
+        columns = {
+            field.name: getattr(self, field.name)[keep]
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), np.ndarray)
+        }
+        return replace(self, **columns)
 
     def to_records(self) -> list[dict[str, str | float | bool]]:
         """Return one JSON-ready record a pass; times are ISO 8601 UTC with milliseconds."""

@@ -1,12 +1,19 @@
-"""Two-line elements, with or without name lines, checked column by column."""
+"""Two-line elements, with or without name lines, checked column by column.
+
+SGP4's own reader of the two lines is behind it. It takes no names and reads broken lines as they
+come (a comma in the epoch, another satellite's second line), so lines are checked before.
+"""
 
 from __future__ import annotations
 
 import re
+from collections import deque
+from itertools import islice
 from typing import Any
 
 from sgp4.alpha5 import from_alpha5
 from sgp4.api import Satrec
+from sgp4.io import compute_checksum
 
 from flwr_moe.orbit.satellite import check_elements, make_satellite
 
@@ -48,7 +55,8 @@ _EXTENDED_TYPE = "4"  # SGP4-XP, whose elements SGP4 would misread without compl
 def parse_tle(text: str) -> list[Any]:
     """Read two-line elements (2LE, or 3LE with or without "0 " before the names).
 
-    Blank lines and lines that begin with "#" are skipped. A satellite without a name line is named
+    Blank lines and lines that begin with "#" are skipped. A line is an element line by its form and
+    its neighbours: names may begin with "1 " or "2 ". A satellite without a name line is named
     by its catalogue number; alpha-5 numbers (A0000 is 100000) are understood.
 
     Returns
@@ -61,44 +69,49 @@ def parse_tle(text: str) -> list[Any]:
     ValueError
         At the first broken line: its number, and what is wrong with it.
     """
+    numbered = ((number, raw.rstrip()) for number, raw in enumerate(text.splitlines(), start=1))
+    lines = deque((n, line) for n, line in numbered if line and not line.startswith("#"))
     satellites = []
-    name: tuple[int, str] | None = None
-    first: tuple[int, str] | None = None
-    for number, raw in enumerate(text.splitlines(), start=1):
-        line = raw.rstrip()
-        if not line or line.startswith("#"):
-            continue
-        if first is not None:
-            if not line.startswith("2 "):
+    while lines:
+        name = ""
+        if _is_name([line for _, line in islice(lines, 3)]):
+            number, line = lines.popleft()
+            name = line.removeprefix("0 ").strip()
+            if not lines:
+                raise ValueError(f"line {number}: {_short(name)} is not followed by element lines")
+            if lines[0][1][:2] not in ("1 ", "2 "):
                 raise ValueError(
-                    f"line {number}: {_short(line)} after the first element line {first[0]}, "
-                    "expected its second one, which begins with '2 '"
+                    f"line {number}: {_short(name)} is not followed by an element line, which "
+                    "begins with '1 '"
                 )
-            satellites.append(_satellite(first, (number, line), name[1] if name else ""))
-            first = name = None
-        elif line.startswith("1 "):
-            _check_line(number, line)
-            first = number, line
-        elif line.startswith("2 "):
+        first = number, line = lines.popleft()
+        if line.startswith("2 "):
             raise ValueError(f"line {number}: a second element line without a first one before it")
-        elif name is not None:
+        _check_line(number, line)
+        if not lines:
+            raise ValueError(f"line {number}: the text ends before the second element line")
+        second = lines.popleft()
+        if not second[1].startswith("2 "):
             raise ValueError(
-                f"line {name[0]}: {_short(name[1])} is not followed by an element line, which "
-                "begins with '1 '"
+                f"line {second[0]}: {_short(second[1])} after the first element line {number}, "
+                "expected its second one, which begins with '2 '"
             )
-        else:
-            name = number, line.removeprefix("0 ").strip()
-    if first is not None:
-        raise ValueError(f"line {first[0]}: the text ends before the second element line")
-    if name is not None:
-        raise ValueError(f"line {name[0]}: {_short(name[1])} is not followed by element lines")
+        satellites.append(_satellite(first, second, name))
     return satellites
 
 
-def checksum(line: str) -> int:
-    """Sum of a line's digits in columns 1 to 68, a minus sign counting 1, modulo 10."""
-    body = line[: LINE_LENGTH - 1]
-    return (sum(int(c) for c in body if c in "0123456789") + body.count("-")) % 10
+def _is_name(lines: list[str]) -> bool:
+    """Tell whether the first of up to three lines is a name.
+
+    Names may begin with "1 " or "2 " too: then two lines that can be elements follow, and the line
+    has not the form of one.
+    """
+    line, *following = lines
+    if line[:2] not in ("1 ", "2 "):
+        return True
+    pattern = "".join(form for _, form in _FIELDS[line[0]][:3])
+    shaped = len(line) == LINE_LENGTH or re.match(pattern, line, re.ASCII)
+    return not shaped and [other[:2] for other in following] == ["1 ", "2 "]
 
 
 def _satellite(first: tuple[int, str], second: tuple[int, str], name: str) -> Any:
@@ -145,9 +158,10 @@ def _check_line(number: int, line: str) -> None:
                 f"line {number}, column {start + 1}: no valid {label} at {_short(line[start:])}"
             )
         start = match.end()
-    if int(line[-1]) != checksum(line):
+    total = compute_checksum(line)
+    if int(line[-1]) != total:
         raise ValueError(
-            f"line {number}: the checksum is {line[-1]}, but the line adds up to {checksum(line)}"
+            f"line {number}: the checksum is {line[-1]}, but the line adds up to {total}"
         )
 
 

@@ -65,6 +65,12 @@ def as_xml(**changes):
 """
 
 
+def as_kvn(**changes):
+    record = {"CCSDS_OMM_VERS": "2.0", **ISS_OMM, **changes}
+    lines = [f"{key:20} = {value}" for key, value in record.items()]
+    return "\n".join([*lines[:2], "COMMENT a = b", "", *lines[2:]]) + "\n"
+
+
 def with_checksum(line):
     """Replace the last of 69 characters: digits count themselves, a minus sign counts one."""
     total = sum(1 if c == "-" else int(c) if c.isdigit() else 0 for c in line[:68])

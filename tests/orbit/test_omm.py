@@ -11,13 +11,14 @@ from skyfield.api import EarthSatellite
 from flwr_moe.orbit import Site, constellation, find_passes, load_elements, save_constellation
 from flwr_moe.orbit.satellite import catalogue_number
 from flwr_moe.orbit.times import timescale
-from tests.orbit.messages import ISS_1, ISS_2, ISS_NAME, ISS_OMM, as_csv, as_json, as_xml
+from tests.orbit.messages import ISS_1, ISS_2, ISS_NAME, ISS_OMM, as_csv, as_json, as_kvn, as_xml
 
 # TLE epochs stop at 0.86 ms, OMM epochs at 1 µs; at 7.7 km/s a microsecond is 8 mm.
 MICROSECOND_KM = 1e-5
 # Skyfield holds a satellite's epoch in days of one float64; SGP4 uses the model's two.
 EPOCH_S = 1e-4
-SPELLINGS = [(as_json, "a.json"), (as_xml, "a.xml"), (as_csv, "a.csv"), (as_json, "gp.php")]
+SPELLINGS = [(as_json, "a.json"), (as_xml, "a.xml"), (as_csv, "a.csv"), (as_kvn, "a.kvn")]
+SPELLINGS += [(as_json, "gp.php"), (as_kvn, "omm.txt")]
 
 
 def load(tmp_path, text, name="elements.json"):
@@ -65,7 +66,7 @@ def test_same_orbit_as_the_two_line_elements(spelling, name, tmp_path):
         ("2008-264T12:25:40.25", 40.25),
     ],
 )
-@pytest.mark.parametrize(("spelling", "name"), SPELLINGS[:3])
+@pytest.mark.parametrize(("spelling", "name"), SPELLINGS[:4])
 def test_epochs(epoch, second, spelling, name, tmp_path):
     (satellite,) = load(tmp_path, spelling(EPOCH=epoch), name)
     _, _, _, hour, minute, seconds = satellite.epoch.utc
@@ -83,7 +84,7 @@ def test_epoch_in_a_leap_second(tmp_path):
 
 
 @pytest.mark.parametrize("number", [0, 5, 99_999, 100_000, 339_999, 340_000, 999_999_999])
-@pytest.mark.parametrize(("spelling", "name"), SPELLINGS[:3])
+@pytest.mark.parametrize(("spelling", "name"), SPELLINGS[:4])
 def test_catalogue_numbers_of_any_length(number, spelling, name, tmp_path):
     (satellite,) = load(tmp_path, spelling(NORAD_CAT_ID=number, OBJECT_NAME=""), name)
     assert catalogue_number(satellite) == number
@@ -97,6 +98,16 @@ def test_numbers_may_be_texts_and_a_record_may_stand_alone(tmp_path):
     (alone,) = load(tmp_path, json.dumps(record))
     (listed,) = load(tmp_path, as_json())
     assert positions_km(alone).tolist() == positions_km(listed).tolist()
+
+
+def test_key_value_lines_have_units_and_several_records(tmp_path):
+    units = {"MEAN_MOTION": "15.72125391 [rev/day]", "INCLINATION": "51.6416 [deg]"}
+    text = as_kvn(**units) + as_kvn(OBJECT_NAME="NEXT [+]", NORAD_CAT_ID=7)
+    first, second = load(tmp_path, text, "elements.txt")
+    assert (first.name, second.name) == (ISS_NAME, "NEXT [+]")
+    (listed,) = load(tmp_path, as_json())
+    assert positions_km(first).tolist() == positions_km(second).tolist()
+    assert positions_km(first).tolist() == positions_km(listed).tolist()
 
 
 def test_several_records_and_the_designed_minimum(tmp_path):
@@ -159,6 +170,8 @@ def test_bad_values(changes, expected, tmp_path):
         ("a.csv", as_csv(OBJECT_NAME='"open'), "line 2: broken CSV"),
         ("a.csv", as_csv().replace("BSTAR", "B*"), "record 1 ('ISS (ZARYA)'): BSTAR is missing"),
         ("a.csv", "EPOCH\r\n2008-09-20T12:25:40\r\n", "record 1: NORAD_CAT_ID is missing"),
+        ("a.kvn", as_kvn() + "BSTAR 1\n", "line 25: 'BSTAR 1', expected KEY = VALUE"),
+        ("a.kvn", as_kvn(MEAN_MOTION="fast"), "record 1 ('ISS (ZARYA)'): MEAN_MOTION = 'fast'"),
         ("a.xml", "\n", "the file is empty"),
     ],
 )

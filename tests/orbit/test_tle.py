@@ -61,6 +61,17 @@ def test_named_and_unnamed_satellites_mix(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name", ["1 HOPPER", "2 MEN IN A TUB", "1 1", "2 12345 OBJECT", "1 12345U", "0 1 HOPPER", "2 2"]
+)
+def test_names_that_begin_like_element_lines(name, tmp_path):
+    lines = [name, ISS_1, ISS_2] * 2 + [ISS_1, ISS_2, name, ISS_1, ISS_2]
+    with pytest.warns(UserWarning, match="more than once"):
+        satellites = load(tmp_path, "\n".join(lines))
+    shown = name.removeprefix("0 ")
+    assert [s.name for s in satellites] == [shown, shown, "25544", shown]
+
+
+@pytest.mark.parametrize(
     ("letters", "number"),
     [("H9999", 179_999), ("J0000", 180_000), ("P0000", 230_000), ("Z9999", 339_999)],
 )
@@ -87,6 +98,10 @@ def test_repeated_number_warns(tmp_path):
         (f"{ISS_NAME}\n{ISS_1}\n", "line 2: the text ends before the second element line"),
         (f"{ISS_1}\n{ISS_2}\n{ISS_1}", "line 3: the text ends before the second"),
         (f"{ISS_1}\n{ISS_2}\n{ISS_2}", "line 3: a second element line without a first"),
+        (f"1 HOPPER\n{ISS_2}", "line 1: 8 characters, expected 69"),
+        (f"2 MEN\n{ISS_2}", "line 1: a second element line without a first"),
+        (f"{ISS_1[:60]}\n{ISS_1}\n{ISS_2}", "line 1: 60 characters, expected 69"),
+        (f"{ISS_2}\n{ISS_1}\n{ISS_2}", "line 1: a second element line without a first"),
         (f"{ISS_1}\n{ISS_NAME}\n{ISS_2}", "line 2: 'ISS (ZARYA)' after the first element line 1"),
         (f"A\nB\n{ISS_1}\n{ISS_2}", "line 1: 'A' is not followed by an element line"),
         (f"{ISS_1[:-1]}\n{ISS_2}", "line 1: 68 characters, expected 69"),
