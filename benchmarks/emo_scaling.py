@@ -31,8 +31,7 @@ import torch
 from flwr_moe.app.build_task import build_task
 from flwr_moe.app.config import Settings
 from flwr_moe.app.emo_system import load_ensemble
-from flwr_moe.client_apps.emo import tap_output
-from flwr_moe.overlay.block import encode
+from flwr_moe.overlay.block import encode, tap_output
 from flwr_moe.overlay.cache import ReplayCache
 from flwr_moe.overlay.ensemble import Ensemble
 from flwr_moe.overlay.tails import build_tail

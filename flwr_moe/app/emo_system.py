@@ -21,8 +21,8 @@ from flwr_moe.app.config import Settings
 from flwr_moe.app.spec import ConfigError
 from flwr_moe.app.split_systems import CUTS
 from flwr_moe.app.tracker import Verdict
-from flwr_moe.client_apps.emo import tap_output
 from flwr_moe.network import FixedLinks, Links, NodeProfile
+from flwr_moe.overlay.block import tap_output
 from flwr_moe.overlay.controller import Controller, Convergence, EveryRound, FixedPeriod
 from flwr_moe.overlay.ensemble import Ensemble
 from flwr_moe.overlay.tails import build_tail

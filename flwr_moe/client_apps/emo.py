@@ -9,9 +9,9 @@ from logging import WARNING
 from pathlib import Path
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from torch import Tensor, nn
+from torch import nn
 
 from flwr_moe.client_apps.node import (
     Access,
@@ -22,26 +22,28 @@ from flwr_moe.client_apps.node import (
     partition_of,
 )
 from flwr_moe.exchange import ExchangeClient, TensorStore
-from flwr_moe.messages.exchange import ExchangeAccess
+from flwr_moe.messages.base import config_of
+from flwr_moe.messages.emo import (
+    ACTIVATIONS,
+    FRONT,
+    OVERLAY_ACTION,
+    TAIL,
+    TRAINED_TAIL,
+    ActivationFigures,
+    ActivationOrder,
+    TailFigures,
+    TailOrder,
+)
+from flwr_moe.messages.training import METRICS
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.network.nodes import EXCHANGE_URL
-from flwr_moe.network.traffic import ACTIVATION_BYTES, EXCHANGES
-from flwr_moe.overlay.block import at_tap, decode, encode
-from flwr_moe.overlay.cache import ReplayCache
+from flwr_moe.overlay.block import decode, encode, tap_output
+from flwr_moe.overlay.cache import BlockName, ReplayCache
 from flwr_moe.overlay.tails import check_tail
-from flwr_moe.overlay.training import Recipe, Trainee
+from flwr_moe.overlay.training import Trainee
 from flwr_moe.split.cut import split_model
 from flwr_moe.training.samples import Samples
 
-ACTIVATIONS = "activations"
-"""Config record of a training message that asks for activations instead."""
-OVERLAY_ACTION = "overlay"
-OVERLAY_TYPE = f"train.{OVERLAY_ACTION}"
-CONFIG, FRONT, TAIL = "config", "front", "tail"
-CACHED, REFUSED, DAMAGED, CACHE_BYTES = "cached", "refused", "damaged", "cache-bytes"
-
 SAMPLES_A_BLOCK = 1024
-SAMPLES_A_PASS = 256
 STATE = "trainee"
 
 ModelFn = Callable[[Context], nn.Module]
@@ -108,39 +110,25 @@ def send_activations(
     ExchangeError
         If the overlay cannot be reached.
     """
-    config = message.content.config_records[ACTIVATIONS]
-    front = split_model(model, str(config["tap"]), data.x[:1]).client
+    order = ActivationOrder.from_record(message.content.config_records[ACTIVATIONS])
+    front = split_model(model, order.tap, data.x[:1]).client
     front.load_state_dict(message.content.array_records[FRONT].to_torch_state_dict())
-    asked = ExchangeAccess.from_record(config)
-    partition, version = partition_of(context), _whole(config, "version")
-    seed = _whole(config, "seed") * 1_000_003 + version * 1009 + partition
+    partition = partition_of(context)
+    seed = order.seed * 1_000_003 + order.version * 1009 + partition
     generator = torch.Generator().manual_seed(seed % 2**63)
-    client = exchange_client(str(config[EXCHANGE_URL]), Access.of(context, asked))
-    mailbox, sent = str(config["mailbox"]), 0
+    client = exchange_client(order.exchange_url, Access.of(context, order))
+    sent = 0
     for part, begin in enumerate(range(0, len(data), SAMPLES_A_BLOCK)):
         end = min(begin + SAMPLES_A_BLOCK, len(data))
         tapped = tap_output(front, data.x[begin:end])
         block = encode(tapped, torch.arange(begin, end), data.y[begin:end], generator)
-        name = f"{mailbox}d{partition}.v{version}.b{part}"
-        client.put(name, block.tensors(), block.metadata(str(config["fingerprint"])))
+        name = order.mailbox + str(BlockName(order.version, partition, part))
+        client.put(name, block.tensors(), block.metadata(order.fingerprint))
         sent += block.num_bytes
-    metrics = MetricRecord(
-        {
-            "num-examples": len(data),
-            ACTIVATION_BYTES: sent,
-            EXCHANGES: 1,
-            # A pass forward costs about a third of a training step; the front less than that.
-            "compute-seconds": len(data) * _number(config, "seconds-per-sample") / 3,
-        }
-    )
-    return Message(RecordDict({"metrics": metrics}), reply_to=message)
-
-
-@torch.no_grad()
-def tap_output(front: nn.Module, x: Tensor) -> Tensor:
-    """Return what the front gives at the tap, in evaluation mode."""
-    front.eval()
-    return torch.cat([at_tap(front(piece)) for piece in x.split(SAMPLES_A_PASS)])
+    # A pass forward costs about a third of a training step; the front less than that.
+    seconds = len(data) * order.seconds_per_sample / 3
+    figures = ActivationFigures(len(data), sent, compute_seconds=seconds)
+    return Message(RecordDict({METRICS: figures.to_record()}), reply_to=message)
 
 
 def register_overlay(app: ClientApp, tail_of: ModelFn) -> ClientApp:
@@ -194,51 +182,47 @@ def train_tail(message: Message, context: Context, tail: nn.Module) -> Message:
     ExchangeError
         If the overlay's own exchange does not answer.
     """
-    config = message.content.config_records[CONFIG]
-    shape, num_classes = _wholes(config, "shape"), _whole(config, "num-classes")
-    check_tail(tail, shape, num_classes)
-    folder = cache_folder(context, config)
-    mark = str(config["fingerprint"])
+    order = TailOrder.from_record(config_of(message.content))
+    if not order.devices:
+        raise ValueError("'devices' is [] in the message, expected at least one partition id")
+    check_tail(tail, order.shape, order.num_classes)
+    folder, mark = cache_folder(context, order), order.fingerprint
     cache = ReplayCache(
         folder / "activations",
         fingerprint=mark,
-        shape=shape,
-        num_classes=num_classes,
-        devices=_wholes(config, "devices"),
-        ram_bytes=_whole(config, "ram-bytes"),
-        disk_bytes=_whole(config, "disk-bytes") or None,
-        versions=_whole(config, "versions") or None,
+        shape=order.shape,
+        num_classes=order.num_classes,
+        devices=order.devices,
+        ram_bytes=order.ram_bytes,
+        disk_bytes=order.disk_bytes or None,
+        versions=order.versions or None,
     )
-    asked = ExchangeAccess.from_record(config)
-    cache.latest = max(cache.latest, _whole(config, "latest"))
+    cache.latest = max(cache.latest, order.latest)
     with closing(cache), closing(TensorStore(folder / "tail", durable=False)) as store:
-        client = exchange_client(own_exchange(context, asked), Access.of(context, asked))
-        told = dict(zip(_wholes(config, "devices"), _wholes(config, "told"), strict=True))
-        refused = take_in(cache, client, str(config["mailbox"]), told)
-        trainee = Trainee(tail, recipe_of(config))
+        client = exchange_client(own_exchange(context, order), Access.of(context, order))
+        told = dict(zip(order.devices, order.told, strict=True))
+        refused = take_in(cache, client, order.mailbox, told)
+        trainee = Trainee(tail, order.recipe)
         if STATE in store and store.metadata(STATE).get("fingerprint") == mark:
             trainee.load(store.get(STATE))
         if TAIL in message.content.array_records:
             tail.load_state_dict(message.content.array_records[TAIL].to_torch_state_dict())
-        steps = _whole(config, "step-budget" if "step-budget" in config else "local-steps")
-        seed = _whole(config, "seed") * 1_000_003 + partition_of(context)
-        loss = trainee.train(cache.draw, steps, seed)
+        steps = order.local_steps if order.step_budget is None else order.step_budget
+        loss = trainee.train(cache.draw, steps, order.seed * 1_000_003 + partition_of(context))
         store.put(STATE, trainee.state(), {"fingerprint": mark})
         held = cache.stats()
-    metrics = MetricRecord(
-        {
-            "num-examples": held["activations"],
-            "steps": steps,
-            "train-loss": loss,
-            CACHED: held["activations"],
-            CACHE_BYTES: held["bytes"],
-            DAMAGED: held["damaged"],
-            REFUSED: refused,
-        }
+    figures = TailFigures(
+        num_examples=held["activations"],
+        steps=steps,
+        train_loss=loss,
+        cached=held["activations"],
+        cache_bytes=held["bytes"],
+        damaged=held["damaged"],
+        refused=refused,
     )
-    content = RecordDict({"metrics": metrics})
-    if config.get("report", False):
-        content["trained-tail"] = ArrayRecord(tail.state_dict())
+    content = RecordDict({METRICS: figures.to_record()})
+    if order.report:
+        content[TRAINED_TAIL] = ArrayRecord(tail.state_dict())
     return Message(content, reply_to=message)
 
 
@@ -268,8 +252,8 @@ def take_in(
     refused = 0
     for name in client.names(mailbox):
         try:
-            device, version, part = _numbers_of(name.removeprefix(mailbox))
-            if device in told and version > told[device]:
+            place = BlockName.of(name.removeprefix(mailbox))
+            if place.version > told.get(place.device, place.version):
                 continue
             tensors, metadata = client.get_with_metadata(name)
             if metadata.get("fingerprint") != cache.fingerprint:
@@ -278,7 +262,7 @@ def take_in(
                     f"expected {cache.fingerprint}"
                 )
             block = decode(tensors, metadata, cache.shape, cache.num_classes)
-            cache.put(device, version, block, part)
+            cache.put(place.device, place.version, block, place.part)
         except ValueError as error:
             refused += 1
             log(WARNING, "%s refused: %s", name, error)
@@ -286,57 +270,10 @@ def take_in(
     return refused
 
 
-def cache_folder(context: Context, config: ConfigRecord) -> Path:
+def cache_folder(context: Context, order: TailOrder) -> Path:
     """Return the overlay's folder: its node config's, the message's, or a temporary one."""
     named = str(context.node_config.get("overlay-cache") or "")
     if named:
         return Path(named)
-    base = str(config.get("cache-folder") or "") or tempfile.gettempdir()
-    return Path(base) / f"flwr-moe-overlay-{context.run_id}-{partition_of(context)}"
-
-
-def recipe_of(config: ConfigRecord) -> Recipe:
-    """Read a `Recipe` from a message; `recipe_config` undoes it."""
-    return Recipe(
-        learning_rate=_number(config, "learning-rate"),
-        total_steps=_whole(config, "total-steps"),
-        batch_size=_whole(config, "batch-size"),
-        weight_decay=_number(config, "weight-decay"),
-        label_smoothing=_number(config, "label-smoothing"),
-        mixup=_number(config, "mixup"),
-        augment=bool(config.get("augment", True)),
-        balance=str(config.get("balance", "class")),
-    )
-
-
-def recipe_config(recipe: Recipe) -> dict[str, str | int | float | bool]:
-    """Write a `Recipe` for a message."""
-    return {name.replace("_", "-"): value for name, value in vars(recipe).items()}
-
-
-def _numbers_of(name: str) -> list[int]:
-    parts = name.split(".")
-    if [part[:1] for part in parts] != ["d", "v", "b"]:
-        raise ValueError(f"{name!r} is no name of activations")
-    return [int(part[1:]) for part in parts]
-
-
-def _whole(config: ConfigRecord, key: str) -> int:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"'{key}' is {value!r} in the message, expected a whole number from 0")
-    return value
-
-
-def _wholes(config: ConfigRecord, key: str) -> list[int]:
-    value = config.get(key)
-    if not isinstance(value, list) or not value or not all(isinstance(v, int) for v in value):
-        raise ValueError(f"'{key}' is {value!r} in the message, expected whole numbers")
-    return [int(v) for v in value]
-
-
-def _number(config: ConfigRecord, key: str) -> float:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"'{key}' is {value!r} in the message, expected a number")
-    return float(value)
+    base = Path(order.cache_folder or tempfile.gettempdir())
+    return base / f"flwr-moe-overlay-{context.run_id}-{partition_of(context)}"

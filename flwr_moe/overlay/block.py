@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flwr_moe.split.quantise import Quantised, dequantise, num_levels, quantise
 
@@ -160,6 +160,13 @@ def at_tap(output: Tensor | tuple[Tensor, ...]) -> Tensor:
         if activation.ndim == 3 and mask.dtype == torch.bool and mask.shape == activation.shape[:2]:
             return activation * mask[:, :, None]
     return activation
+
+
+@torch.no_grad()
+def tap_output(front: nn.Module, x: Tensor, batch_size: int = 256) -> Tensor:
+    """Return what a model's front gives at the tap, in evaluation mode."""
+    front.eval()
+    return torch.cat([at_tap(front(piece)) for piece in x.split(batch_size)])
 
 
 def fingerprint(

@@ -43,6 +43,31 @@ class Batch(NamedTuple):
     samples: Numbers
 
 
+class BlockName(NamedTuple):
+    """Name of a block, in a cache as on the way to it; sorts by age, the oldest version first."""
+
+    version: int
+    device: int
+    part: int
+
+    @classmethod
+    def of(cls, name: str) -> BlockName:
+        """Read a name.
+
+        Raises
+        ------
+        ValueError
+            If it is that of no block.
+        """
+        match = re.fullmatch(r"d(\d+)\.v(\d+)\.b(\d+)", name)
+        if match is None:
+            raise ValueError(f"{name!r} is no name of activations")
+        return cls(int(match[2]), int(match[1]), int(match[3]))
+
+    def __str__(self) -> str:
+        return f"d{self.device}.v{self.version}.b{self.part}"
+
+
 class ReplayCache:
     """Activations by device, sample and version, on a `TensorStore`.
 
@@ -66,8 +91,6 @@ class ReplayCache:
         Byte budgets of the two tiers.
     versions : int or None
         Most versions kept of each device; None for as many as the budgets allow.
-    durable : bool
-        As for `TensorStore`.
 
     Raises
     ------
@@ -93,7 +116,6 @@ class ReplayCache:
         ram_bytes: int = 256 * 2**20,
         disk_bytes: int | None = None,
         versions: int | None = None,
-        durable: bool = False,
     ) -> None:
         if versions is not None and versions < 1:
             raise ValueError(f"versions is {versions}, expected at least 1")
@@ -101,10 +123,8 @@ class ReplayCache:
         self.devices, self.versions = frozenset(devices), versions
         self.latest = 0
         self.counts: Counter[str] = Counter()
-        self._store = TensorStore(
-            folder, ram_bytes=ram_bytes, disk_bytes=disk_bytes, durable=durable
-        )
-        self._entries: dict[_Key, _Entry] = {}
+        self._store = TensorStore(folder, ram_bytes=ram_bytes, disk_bytes=disk_bytes, durable=False)
+        self._entries: dict[BlockName, _Entry] = {}
         self._index: _Rows | None = None
         for name in self._store.names():
             self._read_back(name, str(folder))
@@ -140,7 +160,7 @@ class ReplayCache:
         if not 0 <= version <= self.latest:
             raise ValueError(f"activations of version {version}, expected 0 to {self.latest}")
         decode(block.tensors(), block.metadata(""), self.shape, self.num_classes)
-        key = _Key(version, device, part)
+        key = BlockName(version, device, part)
         size = self._store_with_room(key, block)
         if size:
             self._entries[key] = _Entry.of(block)
@@ -193,7 +213,7 @@ class ReplayCache:
         return {
             "activations": len(self),
             "blocks": len(self._entries),
-            "bytes": sum(self._store.size(key.name) for key in self._entries),
+            "bytes": sum(self._store.size(str(key)) for key in self._entries),
             "ram-bytes": told["ram_bytes"],
             "damaged": told["damaged"] + self.counts["damaged"],
             "replaced": self.counts["replaced"],
@@ -211,9 +231,12 @@ class ReplayCache:
 
     def _read_back(self, name: str, folder: str) -> None:
         """Take up a block that an earlier process left; damaged ones are counted by the store."""
-        key = _Key.of(name)
-        if key is None:
-            raise ValueError(f"cache folder {folder}: holds {name!r}, which is no activation block")
+        try:
+            key = BlockName.of(name)
+        except ValueError:
+            raise ValueError(
+                f"cache folder {folder}: holds {name!r}, which is no activation block"
+            ) from None
         try:
             tensors, metadata = unpack(self._store.body(name), UNLIMITED, require_finite=False)
         except KeyError:
@@ -232,10 +255,10 @@ class ReplayCache:
         self.latest = max(self.latest, key.version)
         self._entries[key] = _Entry.of(block)
 
-    def _store_with_room(self, key: _Key, block: Block) -> int:
+    def _store_with_room(self, key: BlockName, block: Block) -> int:
         while True:
             try:
-                return self._store.put(key.name, block.tensors(), block.metadata(self.fingerprint))
+                return self._store.put(str(key), block.tensors(), block.metadata(self.fingerprint))
             except StoreFull as error:
                 older = min(self._entries, default=None)
                 if older is None:
@@ -253,8 +276,8 @@ class ReplayCache:
             if key.version in held[: -self.versions]:
                 self._remove(key)
 
-    def _remove(self, key: _Key) -> None:
-        self._store.delete(key.name)
+    def _remove(self, key: BlockName) -> None:
+        self._store.delete(str(key))
         del self._entries[key]
         self.counts["replaced"] += 1
         self._index = None
@@ -266,7 +289,7 @@ class ReplayCache:
         for b in np.unique(blocks):
             key = index.keys[b]
             try:
-                body = self._store.body(key.name)
+                body = self._store.body(str(key))
             except KeyError:
                 del self._entries[key]
                 self._index = None
@@ -277,25 +300,6 @@ class ReplayCache:
             wanted = torch.from_numpy(index.row_of[rows[places]])
             x[torch.from_numpy(places)] = block.rows(wanted)
         return x
-
-
-class _Key(NamedTuple):
-    """Which block; sorts by age, the oldest version first."""
-
-    version: int
-    device: int
-    part: int
-
-    @classmethod
-    def of(cls, name: str) -> _Key | None:
-        """Read a name in the store, None if it is that of no block."""
-        match = re.fullmatch(r"d(\d+)\.v(\d+)\.b(\d+)", name)
-        return cls(int(match[2]), int(match[1]), int(match[3])) if match else None
-
-    @property
-    def name(self) -> str:
-        """Name in the store."""
-        return f"d{self.device}.v{self.version}.b{self.part}"
 
 
 class _Entry(NamedTuple):
@@ -315,12 +319,12 @@ class _Rows:
 
     Parameters
     ----------
-    entries : mapping of _Key to _Entry
+    entries : mapping of BlockName to _Entry
         At least one.
 
     Attributes
     ----------
-    keys : list of _Key
+    keys : list of BlockName
         Blocks, sorted.
     block_of, row_of : array
         Place in ``keys``, and row within the block, of every row.
@@ -328,7 +332,7 @@ class _Rows:
         What every row is.
     """
 
-    def __init__(self, entries: Mapping[_Key, _Entry]) -> None:
+    def __init__(self, entries: Mapping[BlockName, _Entry]) -> None:
         self.keys = sorted(entries)
         held = [entries[key] for key in self.keys]
         sizes = [len(entry.labels) for entry in held]

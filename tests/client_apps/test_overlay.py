@@ -14,18 +14,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from flwr_moe.client_apps.emo import (
+from flwr_moe.client_apps.emo import overlay_mod, register_overlay, take_in
+from flwr_moe.exchange import ExchangeClient, ExchangeServer, TensorStore
+from flwr_moe.messages.emo import (
     ACTIVATIONS,
     CONFIG,
     FRONT,
     TAIL,
-    overlay_mod,
-    recipe_config,
-    recipe_of,
-    register_overlay,
-    take_in,
+    TailOrder,
+    recipe_fields,
 )
-from flwr_moe.exchange import ExchangeClient, ExchangeServer, TensorStore
 from flwr_moe.overlay.block import decode, encode
 from flwr_moe.overlay.cache import ReplayCache
 from flwr_moe.overlay.training import Recipe
@@ -116,7 +114,7 @@ def order(url: str, folder: Path, **changes: Any) -> RecordDict:
         "exchange-url": url,
         "exchange-token": TOKEN,
         "exchange-timeout-s": 0.5,
-        **recipe_config(Recipe(0.01, 10, batch_size=8)),
+        **recipe_fields(Recipe(0.01, 10, batch_size=8)),
         **changes,
     }
     tail = ArrayRecord(build_tail().state_dict())
@@ -257,4 +255,5 @@ def test_what_does_not_belong_is_refused_counted_and_removed(client: ExchangeCli
 
 def test_recipes_travel_in_messages() -> None:
     recipe = Recipe(0.1, 7, 9, 0.2, 0.3, 0.4, False, "class")
-    assert recipe_of(ConfigRecord(recipe_config(recipe))) == recipe
+    content = order("", Path(), **recipe_fields(recipe))
+    assert TailOrder.from_record(content.config_records[CONFIG]).recipe == recipe

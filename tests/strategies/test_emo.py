@@ -24,7 +24,7 @@ from flwr_moe.network import FixedLinks, MeteredGrid, SimulatedGrid, answer_roll
 from flwr_moe.overlay.controller import EveryRound, FixedPeriod
 from flwr_moe.overlay.training import Recipe
 from flwr_moe.strategies import EMSFL, FedAsync
-from flwr_moe.strategies.emo.orders import Overlay
+from flwr_moe.strategies.emo.run import Overlay
 from flwr_moe.strategies.emo.strategy import EMO
 from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid

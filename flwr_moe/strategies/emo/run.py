@@ -4,34 +4,119 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
-from typing import TYPE_CHECKING
 
-from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from torch import Tensor
 
-from flwr_moe.client_apps.emo import OVERLAY_TYPE
+from flwr_moe.messages.base import metrics_of
+from flwr_moe.messages.emo import (
+    OVERLAY_TYPE,
+    TRAINED_TAIL,
+    ActivationFigures,
+    ActivationOrder,
+    TailFigures,
+    TailOrder,
+)
 from flwr_moe.network import MESSAGE_TTL_S, HorizonReached, NodeProfile
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.network.traffic import ACTIVATION_BYTES
-from flwr_moe.overlay.controller import Decision, History
+from flwr_moe.overlay.controller import Controller, Decision, History
 from flwr_moe.overlay.training import average
 from flwr_moe.strategies.emo.devices import devices_of
-from flwr_moe.strategies.emo.orders import (
-    MOST_FAILURES,
-    Overlay,
-    Sent,
-    activation_order,
-    training_order,
-)
 from flwr_moe.strategies.events import EventLoop
 
-if TYPE_CHECKING:
-    from flwr_moe.strategies.emo.strategy import EMO
-
 OVERLAY = "overlay"
-TRAINED_TAIL = "trained-tail"
+MOST_FAILURES = 3
+
+
+@dataclass
+class Overlay:
+    """What the server knows of one overlay.
+
+    Attributes
+    ----------
+    node : NodeProfile
+        Its node.
+    next_tail : mapping, optional
+        The tail it is to go on with; None for its own.
+    stored : dict of int to int
+        Newest version of each device's activations that it has been sent.
+    asked : int
+        Devices that were asked to send to it at the first refresh.
+    steps, orders : int
+        Training steps and orders done.
+    failures, unsent : int
+        Orders, and devices' attempts to send to it, in a row that came to nothing.
+    busy : bool
+        Whether an order is under way.
+    tail : mapping, optional
+        The tail it reported and that has not been averaged yet.
+    since_s, took_s : float
+        When it reported that, and how long its order took.
+    weight : float
+        Activations it trains on.
+    """
+
+    node: NodeProfile
+    next_tail: Mapping[str, Tensor] | None
+    stored: dict[int, int] = field(default_factory=dict)
+    asked: int = 0
+    steps: int = 0
+    orders: int = 0
+    failures: int = 0
+    unsent: int = 0
+    busy: bool = False
+    tail: Mapping[str, Tensor] | None = None
+    since_s: float = 0.0
+    took_s: float = 0.0
+    weight: float = 0.0
+
+    @property
+    def in_reach(self) -> bool:
+        """Whether it is worth asking."""
+        return self.failures < MOST_FAILURES and self.unsent < MOST_FAILURES * max(self.asked, 1)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may be given work: it is idle and has something of half its devices."""
+        free = self.in_reach and not self.busy and self.tail is None
+        return free and bool(self.stored) and 2 * len(self.stored) >= self.asked
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message that is under way.
+
+    Attributes
+    ----------
+    overlay : int
+        Partition id of the overlay it is about.
+    device : int or None
+        Partition id of the device that is asked for activations; None for an overlay's order.
+    version : int
+        Refresh it belongs to.
+    at_s : float
+        When it was sent.
+    cost_bytes : int
+        Activations that are expected.
+    """
+
+    overlay: int
+    device: int | None
+    version: int
+    at_s: float
+    cost_bytes: int = 0
+
+    def unusable(self, content: RecordDict) -> str | None:
+        """Say why a reply cannot be used, None if it can."""
+        figures = TailFigures if self.device is None else ActivationFigures
+        try:
+            figures.from_record(metrics_of(content))
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 class EMORun:
@@ -39,10 +124,23 @@ class EMORun:
 
     Parameters
     ----------
-    emo : EMO
-        The settings.
     loop : EventLoop
         Sends and receives, on the Grid of all nodes.
+    controller : callable
+        When to refresh.
+    activations, training : ActivationOrder, TailOrder
+        What is asked of every device and every overlay. ``mailbox`` is the run's here; that, and
+        what else differs from message to message, is filled in for each.
+    front : collection of str
+        The small model's tensors before the tap.
+    tail : mapping
+        The tail that overlays begin with.
+    batch_size : int
+        Samples of a device's training step.
+    average_every : int
+        Orders after which an overlay reports its tail.
+    share_before_last : float
+        Share of an overlay's steps that it may make before the last refresh has come.
 
     Attributes
     ----------
@@ -60,8 +158,24 @@ class EMORun:
         ``refused`` and ``damaged`` blocks, ``overlay-failed`` orders, ``device-failed`` refreshes.
     """
 
-    def __init__(self, emo: EMO, loop: EventLoop) -> None:
-        self.emo, self.loop = emo, loop
+    def __init__(
+        self,
+        loop: EventLoop,
+        *,
+        controller: Controller,
+        activations: ActivationOrder,
+        training: TailOrder,
+        front: Collection[str],
+        tail: Mapping[str, Tensor],
+        batch_size: int,
+        average_every: int,
+        share_before_last: float,
+    ) -> None:
+        self.loop, self.controller = loop, controller
+        self.activations, self.training, self.front = activations, training, front
+        self.batch_size, self.average_every = batch_size, average_every
+        self.total_steps = training.recipe.total_steps
+        self.steps_before_last = int(self.total_steps * share_before_last)
         self.overlays: dict[int, Overlay] = {}
         self.scores: list[float] = []
         self.refreshed: list[int] = []
@@ -69,15 +183,14 @@ class EMORun:
         self.version = 0
         self.activation_bytes = 0
         self.arrays = ArrayRecord()
-        self.tail: Mapping[str, Tensor] = emo.tail.state_dict()
+        self.tail = tail
         self.counts: Counter[str] = Counter()
-        self.history: list[dict[str, float]] = []
+        self.on_tail: Callable[[], None] = lambda: None
         self._costs: dict[int, int] = {}
         self._outbox: list[tuple[Message, Sent]] = []
         self._open: dict[str, Sent] = {}
         self._last_version: int | None = None
         self._warned = False
-        self.on_tail: Callable[[], None] = lambda: None
 
     # --- Aside -----------------------------------------------------------------
 
@@ -104,19 +217,18 @@ class EMORun:
         """Take in replies, and send what follows from them."""
         for reply in replies:
             sent = self._open.pop(reply.metadata.reply_to_message_id)
-            content = self.loop.content_of(reply)
+            content = self.loop.content_of(reply, sent.unusable)
             self.counts["answered"] += content is not None
-            metrics = next(iter(content.metric_records.values()), None) if content else None
-            if content is None or metrics is None:
+            if content is None:
                 self._failed(sent)
             elif sent.device is not None:
-                told = metrics.get(ACTIVATION_BYTES, 0)
-                self._costs[sent.device] = int(told) if isinstance(told, int | float) else 0
-                self.activation_bytes += self._costs[sent.device]
+                told = ActivationFigures.from_record(metrics_of(content)).activation_bytes
+                self._costs[sent.device] = told
+                self.activation_bytes += told
                 self.overlays[sent.overlay].stored[sent.device] = sent.version
                 self.overlays[sent.overlay].unsent = 0
             else:
-                self._take_training(self.overlays[sent.overlay], sent, content, metrics)
+                self._take_training(self.overlays[sent.overlay], sent, content)
         if replies:
             self._average()
             self.flush()
@@ -129,7 +241,7 @@ class EMORun:
         self.scores.append(score)
         if len(self.scores) == 1:
             return
-        decision = self.emo.controller(self._history())
+        decision = self.controller(self._history())
         self.decisions.append(decision)
         if decision.refresh:
             self._refresh()
@@ -147,7 +259,7 @@ class EMORun:
         try:
             if self._last_version is None:
                 history = self._history()
-                budget = getattr(self.emo.controller, "budget_bytes", 0)
+                budget = getattr(self.controller, "budget_bytes", 0)
                 fits = not budget or history.spent_bytes + history.next_bytes <= budget
                 fresh = bool(self.refreshed) and self.refreshed[-1] == len(self.scores) - 1
                 if fits and not fresh and self.scores:
@@ -168,14 +280,14 @@ class EMORun:
     # --- inside ----------------------------------------------------------------
 
     def _history(self) -> History:
-        under_way = [*self._open.values(), *(sent for _, sent in self._outbox)]
-        spent = self.activation_bytes + sum(sent.cost_bytes for sent in under_way)
+        spent = self.activation_bytes + sum(sent.cost_bytes for sent in self._under_way())
         devices = devices_of(self.loop.grid.profiles()).values()
         return History(self.scores, self.refreshed, spent, sum(map(self._cost_of, devices)))
 
     def _cost_of(self, device: NodeProfile) -> int:
         """Bytes of a device's activations: as last time, else as it has examples."""
-        expected = device.num_examples * self.emo.sample_bytes
+        # A byte a number, and 8 for each sample's own number and label.
+        expected = device.num_examples * (math.prod(self.training.shape) + 16)
         return self._costs.get(device.partition_id, expected)
 
     def _find_overlays(self) -> list[int]:
@@ -197,7 +309,7 @@ class EMORun:
         self.version += 1
         self.refreshed.append(len(self.scores) - 1)
         state = self.arrays.to_torch_state_dict()
-        front = ArrayRecord({key: state[key] for key in self.emo.front.state_dict()})
+        front = ArrayRecord({key: state[key] for key in self.front})
         at_work = {s.device for s in self._open.values() if s.device is not None}
         for rank, node in enumerate(devices_of(self.loop.grid.profiles()).values()):
             home = homes[rank % len(homes)]
@@ -206,11 +318,16 @@ class EMORun:
             if node.partition_id in at_work:
                 self.counts["device-busy"] += 1
                 continue
-            overlay = self.overlays[home]
-            content = activation_order(self.emo, overlay, node, self.version, front)
+            order = replace(
+                self.activations,
+                mailbox=self._mailbox(home),
+                version=self.version,
+                seconds_per_sample=1 / (node.steps_per_second * self.batch_size),
+                exchange_url=self.overlays[home].node.exchange_url or self.activations.exchange_url,
+            )
             cost = self._cost_of(node)
             sent = Sent(home, node.partition_id, self.version, self.loop.now, cost)
-            self._queue(node.node_id, MessageType.TRAIN, content, sent)
+            self._queue(node.node_id, MessageType.TRAIN, order.content(front), sent)
 
     def _order_overlays(self) -> None:
         ready = {home: overlay for home, overlay in self.overlays.items() if overlay.ready}
@@ -218,43 +335,51 @@ class EMORun:
             return
         devices = [n.partition_id for n in devices_of(self.loop.grid.profiles()).values()]
         for home, overlay in ready.items():
-            steps = min(self.emo.local_steps, self._allowed_steps() - overlay.steps)
+            steps = min(self.training.local_steps, self._allowed_steps() - overlay.steps)
             if steps < 1:
                 continue
             overlay.busy = True
-            content = training_order(self.emo, overlay, devices, self.version, steps)
+            last = overlay.steps + steps >= self.total_steps
+            order = replace(
+                self.training,
+                mailbox=self._mailbox(home),
+                devices=devices,
+                told=[overlay.stored.get(device, 0) for device in devices],
+                latest=self.version,
+                local_steps=steps,
+                report=last or (overlay.orders + 1) % self.average_every == 0,
+            )
             sent = Sent(home, None, self.version, self.loop.now)
-            self._queue(overlay.node.node_id, OVERLAY_TYPE, content, sent)
+            self._queue(overlay.node.node_id, OVERLAY_TYPE, order.content(overlay.next_tail), sent)
+
+    def _mailbox(self, overlay: int) -> str:
+        return f"{self.training.mailbox}.o{overlay}."
 
     def _allowed_steps(self) -> int:
         """Count the steps an overlay may have made: some are kept for after the last refresh."""
-        total = self.emo.recipe.total_steps
-        waiting = any(s.device is not None for s in self._open.values())
-        queued = any(s.device is not None for _, s in self._outbox)
-        if self._last_version is not None and not waiting and not queued:
-            return total
-        return int(total * self.emo.share_before_last)
+        awaited = any(sent.device is not None for sent in self._under_way())
+        done = self._last_version is not None and not awaited
+        return self.total_steps if done else self.steps_before_last
+
+    def _under_way(self) -> list[Sent]:
+        return [*self._open.values(), *(sent for _, sent in self._outbox)]
 
     def _queue(self, node_id: int, message_type: str, content: RecordDict, sent: Sent) -> None:
         message = Message(content, node_id, message_type, ttl=MESSAGE_TTL_S)
         self._outbox.append((message, sent))
 
-    def _take_training(
-        self, overlay: Overlay, sent: Sent, content: RecordDict, metrics: MetricRecord
-    ) -> None:
+    def _take_training(self, overlay: Overlay, sent: Sent, content: RecordDict) -> None:
+        figures = TailFigures.from_record(metrics_of(content))
         overlay.busy, overlay.failures, overlay.next_tail = False, 0, None
         overlay.orders += 1
-        told = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        overlay.steps += int(told.get("steps", 0))
-        overlay.weight = told.get("num-examples", 0.0)
-        self.counts["refused"] += int(told.get("refused", 0))
-        self.counts["damaged"] = max(self.counts["damaged"], int(told.get("damaged", 0)))
+        overlay.steps += figures.steps
+        overlay.weight = figures.num_examples
+        self.counts["refused"] += figures.refused
+        self.counts["damaged"] = max(self.counts["damaged"], figures.damaged)
         overlay.took_s = self.loop.now - sent.at_s
-        self.history.append({"time-s": self.loop.now, "overlay": sent.overlay, **told})
         if TRAINED_TAIL in content.array_records:
             tail = content.array_records[TRAINED_TAIL].to_torch_state_dict()
-            own = self.emo.tail.state_dict()
-            if {k: t.shape for k, t in tail.items()} != {k: t.shape for k, t in own.items()}:
+            if {k: t.shape for k, t in tail.items()} != {k: t.shape for k, t in self.tail.items()}:
                 log(WARNING, "overlay %d reported another tail than asked for", sent.overlay)
                 overlay.failures = MOST_FAILURES
                 self.counts["overlay-failed"] += 1

@@ -14,10 +14,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
-from flwr_moe.client_apps.emo import tap_output
+from flwr_moe.messages.emo import ActivationOrder, TailOrder, recipe_fields
 from flwr_moe.network import SimulatedGrid
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.overlay.block import fingerprint
+from flwr_moe.overlay.block import fingerprint, tap_output
 from flwr_moe.overlay.controller import Controller, Convergence
 from flwr_moe.overlay.ensemble import Ensemble
 from flwr_moe.overlay.tails import check_tail
@@ -150,20 +150,9 @@ class EMO(Strategy):
         self.cache_folder, self.batch_size = cache_folder, batch_size
         self.exchange_url, self.exchange_token = exchange_url, exchange_token
         self.exchange_timeout_s = exchange_timeout_s
-        self.given_name = self.run_name = run_name
+        self.run_name = run_name
         self.evaluate_overlays, self.seed = evaluate_overlays, seed
         self.run: EMORun | None = None
-
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of one sample's activations on the wire, with its number and label."""
-        return math.prod(self.shape) + 16
-
-    @property
-    def fingerprint(self) -> str:
-        """What all activations of this run are marked with."""
-        front = self.front.state_dict()
-        return fingerprint(self.run_name, self.tap, self.shape, self.num_classes, front)
 
     # --- Strategy's hooks: those of the base -------------------------------------
 
@@ -215,8 +204,7 @@ class EMO(Strategy):
         larger model.
         """
         grid = with_clock(grid, timeout)
-        self.run_name = self.given_name or str(grid.run.run_id)
-        self.run = run = EMORun(self, EventLoop(grid, timeout))
+        self.run = run = self._new_run(EventLoop(grid, timeout))
         run.arrays = initial_arrays
         devices: Grid = (
             SimulatedDevices(grid, run)
@@ -284,6 +272,39 @@ class EMO(Strategy):
             "overlay-events": dict(self.run.counts),
             "small-scores": list(self.run.scores),
         }
+
+    def _new_run(self, loop: EventLoop) -> EMORun:
+        front, run_name = self.front.state_dict(), self.run_name or str(loop.grid.run.run_id)
+        common: dict[str, Any] = {
+            "mailbox": f"emo-{run_name}",
+            "fingerprint": fingerprint(run_name, self.tap, self.shape, self.num_classes, front),
+            "seed": self.seed,
+            "exchange_url": self.exchange_url,
+            "exchange_token": self.exchange_token,
+            "exchange_timeout_s": self.exchange_timeout_s,
+        }
+        training = TailOrder(
+            **common,
+            shape=list(self.shape),
+            num_classes=self.num_classes,
+            ram_bytes=self.ram_bytes,
+            disk_bytes=self.disk_bytes,
+            versions=self.versions,
+            cache_folder=self.cache_folder,
+            local_steps=self.local_steps,
+            extra=recipe_fields(self.recipe),
+        )
+        return EMORun(
+            loop,
+            controller=self.controller,
+            activations=ActivationOrder(**common, tap=self.tap),
+            training=training,
+            front=front.keys(),
+            tail=self.tail.state_dict(),
+            batch_size=self.batch_size,
+            average_every=self.average_every,
+            share_before_last=self.share_before_last,
+        )
 
     def _score(self, arrays: ArrayRecord) -> float:
         """Accuracy of the small model on the held-out samples, NaN if it is not a whole model."""
