@@ -10,6 +10,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.client_apps.node import partition_of
 from flwr_moe.messages.training import (
     ARRAYS,
@@ -19,7 +20,6 @@ from flwr_moe.messages.training import (
     TrainOrder,
     train_reply,
 )
-from flwr_moe.network.wire_dtype import state_of, to_record
 from flwr_moe.tasks import Task
 from flwr_moe.training import Samples, accuracy_and_loss, predict, train_steps
 from flwr_moe.training.loop import Transform
@@ -84,21 +84,21 @@ def register_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
         torch.set_num_threads(1)
         task, partition_id = task_of(context), partition_of(context)
         order = TrainOrder.of(message.content.config_records[CONFIG], partition_id)
-        sent = state_of(message.content.array_records[ARRAYS])
+        sent = tensors_of(message.content.array_records[ARRAYS])
         model = prepare(task.build_model(), order.dtype, order.checkpointing)
         model.load_state_dict(sent)
         data = task.train_data(partition_id)
         own = _own_test(model, task, partition_id) if order.evaluate_own else {}
         loss = train_by_order(model, data, order, transform=getattr(task, "augment", None))
         figures = TrainFigures(len(data), order.steps, loss, **own)
-        return train_reply(message, ARRAYS, to_record(as_sent(model.state_dict(), sent)), figures)
+        return train_reply(message, ARRAYS, record_of(as_sent(model.state_dict(), sent)), figures)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         torch.set_num_threads(1)
         task, partition_id = task_of(context), partition_of(context)
         model = task.build_model()
-        model.load_state_dict(state_of(message.content.array_records[ARRAYS]))
+        model.load_state_dict(tensors_of(message.content.array_records[ARRAYS]))
         data: Samples = task.test_data()[task.cluster_of(partition_id)]
         accuracy, loss = accuracy_and_loss(predict(model, data.x), data.y)
         figures = TrainFigures(len(data), accuracy=accuracy, loss=loss)

@@ -15,7 +15,7 @@ def wire_mod(message: Message, context: Context, call_next: ClientAppCallable) -
     of a ClientApp's mods: ``ClientApp(mods=[wire_mod, ...])``, so that all others see float32,
     privacy mods among them. Without it a node fails on a bfloat16 message, and answers with an
     error. A reply may hold bfloat16 tensors
-    (:func:`~flwr_moe.network.wire_dtype.to_record`); they travel as they are.
+    (:func:`~flwr_moe.arrays.record_of`); they travel as they are.
 
     Parameters
     ----------

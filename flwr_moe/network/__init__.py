@@ -17,7 +17,7 @@ from flwr_moe.network.nodes import (
 from flwr_moe.network.roll_call import call_roll
 from flwr_moe.network.simulated import SimulatedGrid
 from flwr_moe.network.wall_clock import MESSAGE_TTL_S, GatedGrid
-from flwr_moe.network.wire_dtype import WIRE_DTYPES, state_of, to_record
+from flwr_moe.network.wire_dtype import WIRE_DTYPES
 from flwr_moe.network.wire_grid import with_wire_dtype
 
 __all__ = [
@@ -42,7 +42,5 @@ __all__ = [
     "count_bytes",
     "default_kind",
     "profile_from_reply",
-    "state_of",
-    "to_record",
     "with_wire_dtype",
 ]

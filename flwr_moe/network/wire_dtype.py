@@ -11,12 +11,11 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flwr_moe.arrays import PLAIN, SEALED, array_of, arrays_of, labelled
+
 WIRE_DTYPES = ("float32", "bfloat16", "float16")
 WIRE_RECORD = "wire-dtype"
 """Key of the ConfigRecord that tells a node how to answer; its mod takes it away again."""
-SEALED = "flwr-moe.bfloat16"
-"""Serialisation type of bfloat16. Flower refuses to read it; as numbers its bits are nonsense."""
-PLAIN = "numpy.ndarray"
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Statistics and codes: they are small, or have been made small by a codec of their own.
 _LEFT_ALONE = ("gate", "activation", "gradient")
@@ -26,43 +25,6 @@ def check_wire_dtype(dtype: str, key: str = "wire-dtype") -> None:
     """Raise ValueError that names the key unless floats can travel in this dtype."""
     if dtype not in WIRE_DTYPES:
         raise ValueError(f"{key} is {dtype!r}, expected one of {', '.join(WIRE_DTYPES)}")
-
-
-def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Pack a torch state, bfloat16 tensors too, which Flower's own ``ArrayRecord(state)`` refuses.
-
-    Parameters
-    ----------
-    state : mapping of str to Tensor
-        Any shapes and devices.
-
-    Returns
-    -------
-    ArrayRecord
-        The same names. Only :func:`state_of`, Grids from
-        :func:`~flwr_moe.network.wire_grid.with_wire_dtype` and
-        :func:`~flwr_moe.client_apps.wire_mod.wire_mod` read its bfloat16 arrays; Flower's
-        ``numpy()`` refuses them.
-
-    Notes
-    -----
-    Source: ours.
-    """
-    return ArrayRecord({key: _array_of(tensor) for key, tensor in state.items()})
-
-
-def state_of(record: ArrayRecord) -> dict[str, Tensor]:
-    """Unpack a record into a torch state, bit by bit; the inverse of :func:`to_record`.
-
-    Raises
-    ------
-    ValueError
-        If a bfloat16 array is not what it says.
-    """
-    return {
-        key: _bits_of(array) if array.dtype == "bfloat16" else torch.from_numpy(array.numpy())
-        for key, array in record.items()
-    }
 
 
 def halved(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
@@ -117,7 +79,7 @@ def encode(content: RecordDict, dtype: str, sealed: bool) -> RecordDict:
 
     def wired(record_key: str, _: str, array: Array) -> Array:
         if array.dtype == "bfloat16":
-            return _labelled(array, stype)
+            return labelled(array, stype)
         if array.dtype != "float32" or dtype == "float32" or record_key in _LEFT_ALONE:
             return array
         values = array.numpy()
@@ -126,7 +88,7 @@ def encode(content: RecordDict, dtype: str, sealed: bool) -> RecordDict:
         half = _half(torch.from_numpy(values), dtype)
         if half is None:
             return array
-        return _labelled(_array_of(half), stype) if dtype == "bfloat16" else _array_of(half)
+        return labelled(array_of(half), stype) if dtype == "bfloat16" else array_of(half)
 
     return _each_array(content, wired)
 
@@ -183,29 +145,11 @@ def _each_array(content: RecordDict, change: Callable[[str, str, Array], Array])
     )
 
 
-def _array_of(tensor: Tensor) -> Array:
-    values = tensor.detach().cpu()
-    if values.dtype != torch.bfloat16:
-        return Array(values.numpy())
-    bits = Array(values.view(torch.int16).numpy().view(np.uint16))
-    return Array("bfloat16", bits.shape, SEALED, bits.data)
-
-
-def _labelled(array: Array, stype: str) -> Array:
-    return Array(array.dtype, tuple(array.shape), stype, array.data)
-
-
-def _bits_of(array: Array) -> Tensor:
-    bits = _labelled(array, PLAIN).numpy()
-    if bits.dtype != np.uint16 or bits.shape != tuple(array.shape):
-        raise ValueError(f"{bits.dtype} of shape {bits.shape} is no bfloat16 of {array.shape}")
-    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
-
-
 def _single(array: Array) -> NDArray[Any]:
     """Return an array of half precision in float32."""
     if array.dtype == "bfloat16":
-        return _bits_of(array).float().numpy()
+        (values,) = arrays_of(ArrayRecord({"": array})).values()
+        return values
     values = array.numpy()
     if values.dtype != np.float16 or values.shape != tuple(array.shape):
         raise ValueError(f"{values.dtype} of shape {values.shape} is no float16 of {array.shape}")

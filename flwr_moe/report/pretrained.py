@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flwr_moe.network.wire_dtype import state_of
+from flwr_moe.arrays import tensors_of
 from flwr_moe.report.shards import MAX_SHARD_BYTES, write_shards
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _checkpoint(model: PreTrainedModel, arrays: State, prefix: str) -> Iterator[
 
 def _tensor(values: Array | Tensor | NDArray[Any]) -> Tensor:
     if isinstance(values, Array):
-        return state_of(ArrayRecord({"it": values}))["it"]
+        return tensors_of(ArrayRecord({"it": values}))["it"]
     return torch.as_tensor(values)
 
 

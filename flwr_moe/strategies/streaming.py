@@ -11,14 +11,14 @@ from functools import partial
 from logging import INFO
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
+from flwr_moe.arrays import RunningMean, arrays_of, outline, record_of, unlike
 from flwr_moe.network import HorizonReached, SimulatedGrid
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.strategies.events import POLL_S, EventLoop
-from flwr_moe.strategies.running_mean import RunningMean
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -40,7 +40,7 @@ class StreamingFedAvg(FedAvg):
     Notes
     -----
     Source: ours. Where all reply, the result is FedAvg's to rounding in single precision (see
-    :class:`~flwr_moe.strategies.running_mean.RunningMean`); whole numbers stay whole. A reply with
+    :class:`~flwr_moe.arrays.RunningMean`); whole numbers stay whole. A reply with
     other names or shapes than the model's, with values that are not finite, or with other metrics
     than the round's first, is rejected and counted, where FedAvg stops. ``train_metrics_aggr_fn``
     gets the replies' metrics without their arrays.
@@ -54,6 +54,7 @@ class StreamingFedAvg(FedAvg):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.events: Counter[str] = Counter()
+        self._model: ArrayRecord | None = None
 
     def summary(self) -> None:
         """Log the settings."""
@@ -125,7 +126,7 @@ class StreamingFedAvg(FedAvg):
         arrays, metrics : ArrayRecord and MetricRecord, or None
             None where no reply has any weight.
         """
-        mean, told = RunningMean(), []
+        mean, told = RunningMean(self._model), []
         for reply in replies:
             if reply.has_error():
                 continue
@@ -133,14 +134,14 @@ class StreamingFedAvg(FedAvg):
             (metrics,) = reply.content.metric_records.items()
             mean.begin(float(metrics[1][self.weighted_by_key]))  # type: ignore[arg-type]
             for key in list(record):
-                mean.fold(key, record.pop(key).numpy())
+                mean.fold(key, arrays_of(ArrayRecord({key: record.pop(key)}))[key])
             told.append(RecordDict({metrics[0]: metrics[1]}))
         log(INFO, "aggregate_train: Received %s results", mean.count)
         if not mean.total:
             return None, None
         arrays = ArrayRecord()
         for key, values in mean.take():
-            arrays[key] = Array(values)
+            arrays.update(record_of({key: values}, like=self._model))
         return arrays, self.train_metrics_aggr_fn(told, self.weighted_by_key)
 
     # --- inside ------------------------------------------------------------------
@@ -149,7 +150,7 @@ class StreamingFedAvg(FedAvg):
         self, loop: _SlimLoop, orders: list[Message], timeout: float, result: Result
     ) -> Iterator[Message]:
         """Send the orders, and give usable replies one by one."""
-        shapes = {key: tuple(array.shape) for key, array in result.arrays.items()}
+        self._model = outline(result.arrays)
         places = {n: node.partition_id for n, node in loop.grid.profiles().items()}
         orders.sort(key=lambda order: places.get(order.metadata.dst_node_id, math.inf))
         deadline = loop.now + timeout
@@ -157,7 +158,7 @@ class StreamingFedAvg(FedAvg):
         orders.clear()
         known: set[str] | None = None
         for reply in loop.one_by_one(waiting, deadline):
-            content = loop.content_of(reply, partial(self._odd, shapes=shapes, known=known))
+            content = loop.content_of(reply, partial(self._odd, known=known))
             if content is None:
                 # Flower's records refer to one another in circles: they would outlive many replies.
                 if reply.has_content():
@@ -171,9 +172,7 @@ class StreamingFedAvg(FedAvg):
                 # There is a mean now, and the old model is not needed any more.
                 result.arrays = ArrayRecord()
 
-    def _odd(
-        self, content: RecordDict, shapes: dict[str, tuple[int, ...]], known: set[str] | None
-    ) -> str | None:
+    def _odd(self, content: RecordDict, known: set[str] | None) -> str | None:
         """Say why a reply cannot be averaged, None if it can."""
         arrays = list(content.array_records.values())
         metrics = list(content.metric_records.values())
@@ -182,10 +181,8 @@ class StreamingFedAvg(FedAvg):
                 f"the reply has {len(arrays)} ArrayRecords and {len(metrics)} MetricRecords, "
                 "expected one of each"
             )
-        came = {key: tuple(array.shape) for key, array in arrays[0].items()}
-        for key in sorted(came.keys() | shapes.keys()):
-            if came.get(key) != shapes.get(key):
-                return f"array '{key}' has shape {came.get(key)}, expected {shapes.get(key)}"
+        if (reason := unlike(arrays[0], self._model or {})) is not None:
+            return reason
         if known is not None and set(metrics[0]) != known:
             return f"the reply has metrics {sorted(metrics[0])}, expected {sorted(known)}"
         weight = metrics[0].get(self.weighted_by_key)
@@ -256,11 +253,7 @@ def _outline(message: Message) -> Message:
     slim = copy.copy(message)
     slim.content = RecordDict(
         {
-            key: ArrayRecord(
-                {k: Array(a.dtype, tuple(a.shape), a.stype, b"") for k, a in record.items()}
-            )
-            if isinstance(record, ArrayRecord)
-            else record
+            key: outline(record) if isinstance(record, ArrayRecord) else record
             for key, record in message.content.items()
         }
     )

@@ -10,10 +10,10 @@ from torch.nn import functional
 
 pytest.importorskip("transformers")
 
+from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.client_apps.ems_fl.mod import expert_mod, restricted_models
 from flwr_moe.client_apps.ems_fl.training import TRAIN_EXPERTS
 from flwr_moe.experts import ExpertLayout, restricted_gate
-from flwr_moe.network import state_of, to_record
 from tests.experts.models import build
 from tests.experts.test_families import every
 from tests.local_grid import LocalGrid
@@ -38,11 +38,11 @@ def users_app(task, layout, run):
 
     @app.train("experts")
     def train(message: Message, context: Context) -> Message:
-        state = state_of(message.content["arrays"])
+        state = tensors_of(message.content["arrays"])
         model = task.build_model().eval()
         model.load_state_dict(state)
         model = run(model, task.train_data(0)) or model
-        return Message(RecordDict({"arrays": to_record(model.state_dict())}), reply_to=message)
+        return Message(RecordDict({"arrays": record_of(model.state_dict())}), reply_to=message)
 
     return app
 
@@ -52,8 +52,8 @@ def ask(app, layout, state, experts=OWN, **config):
     order = {f"experts.{i}": ids for i, ids in experts.items()}
     content = RecordDict(
         {
-            "experts": to_record(layout.take(state, experts)),
-            "shared": to_record(layout.shared(state)),
+            "experts": record_of(layout.take(state, experts)),
+            "shared": record_of(layout.shared(state)),
             "config": ConfigRecord({**order, **config}),
         }
     )
@@ -71,13 +71,13 @@ def test_a_users_full_model_learns_what_the_submodel_learns(name):
     one_step(small, task.train_data(0))
     expected = layout.from_submodel_state(small.state_dict(), OWN)
     reply = ask(users_app(task, layout, one_step), layout, state, **{"train-shared": True})
-    got = state_of(reply.content["experts"])
+    got = tensors_of(reply.content["experts"])
     assert got.keys() == expected.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(got[key], tensor, rtol=0, atol=ROUNDING)
     before = layout.take(state, OWN)
     assert max((got[key] - before[key]).abs().max() for key in got) > 1e-3
-    shared = state_of(reply.content["trained-shared"])
+    shared = tensors_of(reply.content["trained-shared"])
     assert shared.keys() == layout.shared(state).keys() - set(sum(layout.gate_rows, ()))
     for key, tensor in shared.items():
         torch.testing.assert_close(tensor, small.state_dict()[key], rtol=0, atol=ROUNDING)
@@ -105,7 +105,7 @@ def test_gates_that_could_not_be_restricted_are_an_error():
     # Nothing was trained: nothing was trained wrongly.
     reply = ask(users_app(task, layout, lambda model, data: None), layout, state)
     sent = layout.take(state, OWN)
-    got = state_of(reply.content["experts"])
+    got = tensors_of(reply.content["experts"])
     assert all(torch.equal(got[key], sent[key]) for key in sent)
 
 

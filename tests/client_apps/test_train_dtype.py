@@ -6,11 +6,12 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.client_apps import TrainOrder, build_client_app
 from flwr_moe.client_apps.ems_fl import training as expert_module
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.experts import ExpertLayout
-from flwr_moe.network import FixedLinks, SimulatedGrid, state_of, to_record, with_wire_dtype
+from flwr_moe.network import FixedLinks, SimulatedGrid, with_wire_dtype
 from flwr_moe.strategies import EMSFL, FedMoEDA
 from tests.local_grid import LocalGrid
 from tests.strategies.devices import TinyTask, numpy_state
@@ -39,10 +40,10 @@ def is_half(tensor):
 @pytest.mark.parametrize("sent", [torch.float32, torch.bfloat16])
 def test_a_reply_has_the_dtype_of_the_message(sent):
     state = {key: v.to(sent) if v.is_floating_point() else v for key, v in START.items()}
-    content = RecordDict({"arrays": to_record(state), "config": ConfigRecord(dict(CONFIG))})
+    content = RecordDict({"arrays": record_of(state), "config": ConfigRecord(dict(CONFIG))})
     local = grid()
     (reply,) = local.send_and_receive([Message(content, local.node_id(0), "train")])
-    got = state_of(reply.content["arrays"])
+    got = tensors_of(reply.content["arrays"])
     assert {key: value.dtype for key, value in got.items()} == {
         key: value.dtype for key, value in state.items()
     }

@@ -5,16 +5,9 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.network.ledger import count_bytes
-from flwr_moe.network.wire_dtype import (
-    PLAIN,
-    SEALED,
-    check_wire_dtype,
-    decode,
-    encode,
-    state_of,
-    to_record,
-)
+from flwr_moe.network.wire_dtype import PLAIN, SEALED, check_wire_dtype, decode, encode
 
 SEALING = pytest.mark.parametrize("sealed", [True, False])
 
@@ -124,16 +117,16 @@ def test_a_bfloat16_state_dict_survives_bit_by_bit():
     state = model.state_dict()
     state["odd"] = torch.tensor([float("nan"), -0.0, 2**-130], dtype=torch.bfloat16)
     state["slice"] = torch.randn(4, 6).to(torch.bfloat16)[1:3, ::2].T
-    record = to_record(state)
+    record = record_of(state)
     assert sum(len(a.data) for a in record.values()) < 128 * len(record) + 2 * 100
     for arrays in (record, encode(RecordDict({"a": record}), "bfloat16", sealed=False)["a"]):
-        back = state_of(arrays)
+        back = tensors_of(arrays)
         assert list(back) == list(state)
         for key, tensor in state.items():
             assert back[key].dtype == tensor.dtype and back[key].shape == tensor.shape
             bits = torch.int16 if tensor.dtype == torch.bfloat16 else tensor.dtype
             assert torch.equal(back[key].view(bits), tensor.contiguous().view(bits)), key
-    torch.nn.Sequential.load_state_dict(model, state_of(to_record(model.state_dict())))
+    torch.nn.Sequential.load_state_dict(model, tensors_of(record_of(model.state_dict())))
 
 
 def forged(dtype: str, array: np.ndarray, shape: tuple[int, ...] | None = None) -> RecordDict:

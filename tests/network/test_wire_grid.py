@@ -7,10 +7,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
+from flwr_moe.arrays import record_of
 from flwr_moe.client_apps import register_training
 from flwr_moe.client_apps.wire_mod import wire_mod
 from flwr_moe.network import FixedLinks, MeteredGrid, SimulatedGrid, answer_roll_call
-from flwr_moe.network.wire_dtype import to_record
 from flwr_moe.network.wire_grid import with_wire_dtype
 from flwr_moe.strategies import FedAsync
 from flwr_moe.tasks import Digits
@@ -102,7 +102,7 @@ def too_large(content):
 
 
 def nan_bits(content):
-    content["arrays"] = to_record({"w": torch.full((SIZE,), torch.nan).bfloat16()})
+    content["arrays"] = record_of({"w": torch.full((SIZE,), torch.nan).bfloat16()})
     content["arrays"]["n"] = Array(np.array([1, 2]))
 
 
@@ -143,13 +143,13 @@ def test_a_bfloat16_model_is_trained():
         net.load_state_dict(message.content["arrays"].to_torch_state_dict())
         with torch.no_grad():
             net.weight += 1
-        content = {"arrays": to_record(net.state_dict())}
+        content = {"arrays": record_of(net.state_dict())}
         content["metrics"] = MetricRecord({"num-examples": 1})
         return Message(RecordDict(content), reply_to=message)
 
     network = GRIDS["simulated"](LocalGrid(answer_roll_call(app), 2))
     initial = {"weight": torch.full((2, 2), 0.25), "bias": torch.zeros(2)}
-    initial = to_record({k: v.bfloat16() for k, v in initial.items()})
+    initial = record_of({k: v.bfloat16() for k, v in initial.items()})
     result = fedavg(with_wire_dtype(network, "bfloat16"), initial, num_rounds=2)
     assert not network.ledger.events
     assert result.arrays["weight"].numpy().tolist() == [[2.25, 2.25], [2.25, 2.25]]

@@ -13,9 +13,9 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from flwr_moe.arrays import record_of
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.families import repair_nllb
-from flwr_moe.network import to_record
 from flwr_moe.report.pretrained import save_pretrained_model
 from flwr_moe.report.records import ResultsError
 from flwr_moe.training.precision import prepare
@@ -77,7 +77,7 @@ def test_transformers_loads_the_assembled_model(name, tmp_path):
 
 def test_half_precision_stays_half(tmp_path):
     model = prepare(build("mixtral"), "bfloat16")
-    save_pretrained_model(meta("mixtral"), to_record(model.state_dict()), tmp_path)
+    save_pretrained_model(meta("mixtral"), record_of(model.state_dict()), tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.dtype == torch.bfloat16
     assert torch.equal(logits(loaded, "mixtral"), logits(model, "mixtral"))

@@ -14,11 +14,11 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flwr_moe.arrays import weighted_mean
 from flwr_moe.client_apps.node import Mod
 from flwr_moe.client_apps.split.training import train_half
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.network import FixedLinks, SimulatedGrid, answer_roll_call
-from flwr_moe.strategies.averaging import weighted_mean
 from flwr_moe.strategies.split.splitfed import SplitFed
 from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid

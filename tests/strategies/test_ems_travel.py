@@ -5,8 +5,8 @@ import math
 import numpy as np
 from flwr.app import RecordDict
 
+from flwr_moe.arrays import record_of
 from flwr_moe.network import count_bytes
-from flwr_moe.strategies.averaging import to_record
 from tests.strategies.devices import (
     PREFER_OWN,
     SINGLE,
@@ -24,7 +24,7 @@ from tests.strategies.devices import (
 
 
 def bytes_of(record_key, arrays):
-    return count_bytes(RecordDict({record_key: to_record(arrays)}))
+    return count_bytes(RecordDict({record_key: record_of(arrays)}))
 
 
 def test_the_shared_part_travels_once_and_again_after_an_error():

@@ -12,12 +12,12 @@ from flwr.app import Context, Message, MessageType, RecordDict
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.client_apps.ems_fl.training import TRAINED_SHARED, experts_in, remember_shared
 from flwr_moe.client_apps.node import ClientAppCallable, Mod
 from flwr_moe.experts import ExpertLayout, restricted_gate
 from flwr_moe.experts.families import family_named
 from flwr_moe.experts.moe_layer import MoELayer
-from flwr_moe.network.wire_dtype import state_of, to_record
 from flwr_moe.training.precision import as_sent
 
 CLOSED_GATE = -1e9
@@ -72,17 +72,17 @@ def expert_mod(layout: ExpertLayout, arrayrecord_key: str = "arrays") -> Mod:
         experts = experts_in(config)
         sent = message.content
         shared = remember_shared(message, context)
-        part = state_of(sent.array_records["experts"])
+        part = tensors_of(sent.array_records["experts"])
         full = fill_state(layout, shared, part, experts)
         kept = {k: v for k, v in sent.items() if k not in ("experts", "shared")}
-        message.content = RecordDict({arrayrecord_key: to_record(full), **kept})
+        message.content = RecordDict({arrayrecord_key: record_of(full), **kept})
         with restricted_models(layout, experts) as restricted:
             reply = call_next(message, context)
         if reply.has_error():
             return reply
         if arrayrecord_key not in reply.content.array_records:
             raise ValueError(f"the reply has no ArrayRecord {arrayrecord_key!r}")
-        state = state_of(reply.content.array_records[arrayrecord_key])
+        state = tensors_of(reply.content.array_records[arrayrecord_key])
         own = as_sent(layout.take(state, experts), part)
         if not (closes or restricted) and any(not torch.equal(part[k], own[k]) for k in own):
             raise ValueError(
@@ -90,11 +90,11 @@ def expert_mod(layout: ExpertLayout, arrayrecord_key: str = "arrays") -> Mod:
                 "one whose gates can be restricted to the node's own experts"
             )
         trimmed = {k: v for k, v in reply.content.items() if k != arrayrecord_key}
-        trimmed["experts"] = to_record(own)
+        trimmed["experts"] = record_of(own)
         if config.get("train-shared", False):
             gates = {key for keys in layout.gate_rows for key in keys}
             trained = {k: v for k, v in layout.shared(state).items() if k not in gates}
-            trimmed[TRAINED_SHARED] = to_record(as_sent(trained, shared))
+            trimmed[TRAINED_SHARED] = record_of(as_sent(trained, shared))
         reply.content = RecordDict(trimmed)
         return reply
 

@@ -6,6 +6,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.client_apps.ems_fl.gate_report import (
     answer_gate_statistics,
     experts_in,
@@ -16,7 +17,6 @@ from flwr_moe.client_apps.node import partition_of
 from flwr_moe.client_apps.training import TaskFn, train_by_order
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.messages.training import TrainFigures, TrainOrder, train_reply
-from flwr_moe.network.wire_dtype import state_of, to_record
 from flwr_moe.training.precision import as_sent, prepare
 from flwr_moe.training.samples import gate_view
 
@@ -80,16 +80,16 @@ def register_expert_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
         loss = train_by_order(model, data, order, trainable)
         state = model.state_dict()
         own = layout.from_submodel_state(state, experts)
-        sent = state_of(message.content.array_records["experts"])
+        sent = tensors_of(message.content.array_records["experts"])
         reply = train_reply(
             message,
             "experts",
-            to_record(as_sent(own, sent)),
+            record_of(as_sent(own, sent)),
             TrainFigures(len(data), order.steps, loss),
         )
         if train_shared:
             trained = {k: v for k, v in layout.shared(state).items() if k not in gates}
-            reply.content[TRAINED_SHARED] = to_record(as_sent(trained, shared))
+            reply.content[TRAINED_SHARED] = record_of(as_sent(trained, shared))
         return reply
 
     return app

@@ -13,6 +13,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.client_apps.fedmoe_da.peers import PeerExchange
 from flwr_moe.client_apps.node import ClientAppCallable, Mod, partition_of
 from flwr_moe.exchange import RefusedByServer
@@ -30,7 +31,6 @@ from flwr_moe.messages.fedmoe_da import (
     PersonalOrder,
 )
 from flwr_moe.messages.training import METRICS
-from flwr_moe.network.wire_dtype import state_of, to_record
 
 OWN_STATE = "flwr-moe.own"
 """Record of the node's state: its gate (unless averaged) and its personal tensors."""
@@ -80,13 +80,13 @@ def personal_mod(
         visit = _Visit(known, context, config)
         state, figures = visit.arrive(sent, arrayrecord_key)
         kept = {k: v for k, v in sent.items() if k not in (arrayrecord_key, EXPERTS, GATE)}
-        message.content = RecordDict({arrayrecord_key: to_record(state), **kept})
+        message.content = RecordDict({arrayrecord_key: record_of(state), **kept})
         reply = call_next(message, context)
         if reply.has_error():
             return reply
         if arrayrecord_key not in reply.content.array_records:
             raise ValueError(f"the reply has no ArrayRecord {arrayrecord_key!r}")
-        trained = state_of(reply.content.array_records[arrayrecord_key])
+        trained = tensors_of(reply.content.array_records[arrayrecord_key])
         records = {k: v for k, v in reply.content.items() if k != arrayrecord_key}
         told = next(iter(reply.content.metric_records), METRICS)
         records[told] = MetricRecord({**reply.content.metric_records.get(told, {}), **figures})
@@ -113,14 +113,14 @@ class _Visit:
 
     def arrive(self, sent: RecordDict, key: str) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return the full state to train from, and what to tell of the traffic."""
-        rest = state_of(sent.array_records[key]) if key in sent.array_records else {}
+        rest = tensors_of(sent.array_records[key]) if key in sent.array_records else {}
         experts: ExpertSet = {}
         if self.order.full:
             rest, experts = split_state(self.layout, rest)
         own = self.context.state.array_records.get(OWN_STATE)
         if own is not None:
             # A full message too: its own tensors are those that all started with.
-            rest |= state_of(own)
+            rest |= tensors_of(own)
         elif not experts:
             raise ValueError("the node has lost its own tensors, the full model is needed")
         if self.order.relay:
@@ -145,7 +145,7 @@ class _Visit:
         }
         records = {}
         if order.relay:
-            records[EXPERTS] = to_record(
+            records[EXPERTS] = record_of(
                 {
                     part_name(*where, name): tensor
                     for where, expert in experts.items()
@@ -157,19 +157,19 @@ class _Visit:
             self.exchange.publish(order.server_round, experts)
             self.exchange.drop([order.version, self.own_version, order.server_round])
         if order.relay or order.report_gates:
-            records[GATE] = to_record({key: rest[key] for key in rest if key in self.gates})
+            records[GATE] = record_of({key: rest[key] for key in rest if key in self.gates})
         if shared := {name: rest[name] for name in rest if name not in stays}:
-            records[TRAINED_SHARED] = to_record(shared)
-        self.context.state[OWN_STATE] = to_record(stays)
+            records[TRAINED_SHARED] = record_of(shared)
+        self.context.state[OWN_STATE] = record_of(stays)
         self.context.state[OWN_VERSION] = MetricRecord({"version": order.server_round})
         return records
 
     def _relayed(self, sent: RecordDict, rest: Mapping[str, Tensor]) -> ExpertSet:
         """Experts the server has mixed, with their gate rows if it mixes those too."""
         records = sent.array_records
-        rows = {**rest, **(state_of(records[GATE]) if GATE in records else {})}
+        rows = {**rest, **(tensors_of(records[GATE]) if GATE in records else {})}
         experts: ExpertSet = {}
-        for name, tensor in (state_of(records[EXPERTS]) if EXPERTS in records else {}).items():
+        for name, tensor in (tensors_of(records[EXPERTS]) if EXPERTS in records else {}).items():
             match = PART_NAME.fullmatch(name)
             if match is None:
                 raise ValueError(f"the message has an unknown expert tensor {name!r}")

@@ -13,10 +13,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.exception import InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAvg, Result
 
+from flwr_moe.arrays import Arrays, arrays_of, record_of, unlike
 from flwr_moe.network import HorizonReached
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.wall_clock import MESSAGE_TTL_S
-from flwr_moe.strategies.averaging import Arrays, to_arrays, to_record
 from flwr_moe.strategies.events import EventLoop
 from flwr_moe.strategies.nodes import sample
 
@@ -149,7 +149,7 @@ class AsyncStrategy(FedAvg):
         at_work = sample(nodes, self.fraction_train, self.min_train_nodes, self._rng)
         run = _Run(
             loop=loop,
-            arrays=to_arrays(initial_arrays),
+            arrays=arrays_of(initial_arrays),
             nodes=nodes,
             at_work=at_work,
             total=num_rounds * len(at_work),
@@ -176,7 +176,7 @@ class AsyncStrategy(FedAvg):
         if run.over:
             log(INFO, "%s: the time is over", type(self).__name__)
         self.events = dict(loop.events)
-        run.result.arrays = to_record(run.arrays)
+        run.result.arrays = record_of(run.arrays)
         return run.result
 
     def configure_evaluate(
@@ -201,7 +201,7 @@ class AsyncStrategy(FedAvg):
         """Send nodes to work on the model as it is now."""
         config = ConfigRecord({**run.train_config, "server-round": self.version})
         record = RecordDict(
-            {self.arrayrecord_key: to_record(run.arrays), self.configrecord_key: config}
+            {self.arrayrecord_key: record_of(run.arrays), self.configrecord_key: config}
         )
         messages = self._construct_messages(record, list(node_ids), MessageType.TRAIN)
         for message_id in self._send(run, list(messages)):
@@ -238,12 +238,12 @@ class AsyncStrategy(FedAvg):
 
     def _evaluate(self, run: _Run, server_round: int) -> None:
         if run.evaluate_fn is not None:
-            metrics = run.evaluate_fn(server_round, to_record(run.arrays))
+            metrics = run.evaluate_fn(server_round, record_of(run.arrays))
             if metrics is not None:
                 run.result.evaluate_metrics_serverapp[server_round] = metrics
 
     def _ask_for_evaluation(self, run: _Run, server_round: int) -> None:
-        arrays, config = to_record(run.arrays), run.evaluate_config
+        arrays, config = record_of(run.arrays), run.evaluate_config
         messages = self.configure_evaluate(server_round, arrays, config, run.loop.grid)
         run.evaluating.update(dict.fromkeys(self._send(run, list(messages)), server_round))
 
@@ -279,9 +279,4 @@ def unlike_model(update: RecordDict, model: Arrays) -> str | None:
     records = list(update.array_records.values())
     if len(records) != 1:
         return f"the reply has {len(records)} ArrayRecords, expected one"
-    came = {key: tuple(array.shape) for key, array in records[0].items()}
-    expected = {key: array.shape for key, array in model.items()}
-    for key in sorted(came.keys() | expected.keys()):
-        if came.get(key) != expected.get(key):
-            return f"array '{key}' has shape {came.get(key)}, expected {expected.get(key)}"
-    return None
+    return unlike(records[0], model)

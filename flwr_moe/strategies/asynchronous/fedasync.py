@@ -7,9 +7,9 @@ from typing import Any
 
 from flwr.app import RecordDict
 
+from flwr_moe.arrays import Arrays, arrays_of, mix, staleness_weight
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.strategies.asynchronous.base import AsyncStrategy
-from flwr_moe.strategies.averaging import Arrays, mix, staleness_weight, to_arrays
 
 
 class FedAsync(AsyncStrategy):
@@ -23,7 +23,7 @@ class FedAsync(AsyncStrategy):
         Mixing weight of a fresh update, above 0 and up to 1.
     staleness : str
         ``"constant"``, ``"polynomial"`` or ``"hinge"``; see
-        :func:`~flwr_moe.strategies.averaging.staleness_weight`.
+        :func:`~flwr_moe.arrays.staleness_weight`.
     staleness_exponent : float
         Exponent of the polynomial.
     hinge_slope, hinge_grace : float
@@ -61,4 +61,4 @@ class FedAsync(AsyncStrategy):
     def absorb(self, arrays: Arrays, sent: Arrays, update: RecordDict, age: int) -> Arrays | None:
         """Mix the node's model into the global one."""
         record = next(iter(update.array_records.values()))
-        return mix(arrays, to_arrays(record), self.alpha * self._weight(age))
+        return mix(arrays, arrays_of(record), self.alpha * self._weight(age))

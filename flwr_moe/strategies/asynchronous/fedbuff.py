@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from flwr.app import RecordDict
 
+from flwr_moe.arrays import Arrays, arrays_of, cast_like, exact_dtype, staleness_weight
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.strategies.asynchronous.base import AsyncStrategy
-from flwr_moe.strategies.averaging import Arrays, cast_like, staleness_weight, to_arrays
 
 
 class FedBuff(AsyncStrategy):
@@ -68,8 +68,11 @@ class FedBuff(AsyncStrategy):
 
     def absorb(self, arrays: Arrays, sent: Arrays, update: RecordDict, age: int) -> Arrays | None:
         """Keep the node's delta; step when the buffer is full."""
-        new = to_arrays(next(iter(update.array_records.values())))
-        delta = {key: np.subtract(new[key], sent[key], dtype=np.float64) for key in arrays}
+        new = arrays_of(next(iter(update.array_records.values())))
+        delta = {
+            key: np.subtract(new[key], sent[key], dtype=exact_dtype(a.dtype))
+            for key, a in arrays.items()
+        }
         self._buffer.append((self._weight(age), delta))
         if len(self._buffer) < self.buffer_size:
             return None

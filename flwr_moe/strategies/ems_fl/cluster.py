@@ -11,9 +11,9 @@ import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from flwr_moe.arrays import arrays_of, weighted_mean
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.network import NodeProfile
-from flwr_moe.strategies.averaging import to_arrays, weighted_mean
 from flwr_moe.strategies.ems_fl.plan import ClusterReport, Experts, own_experts
 
 MOST_FAILURES = 3
@@ -78,14 +78,14 @@ class Cluster:
             If the devices' reports do not fit each other.
         """
         reports = [
-            ClusterReport.of(to_arrays(content.array_records["gate"]), layout)
+            ClusterReport.of(arrays_of(content.array_records["gate"]), layout)
             for _, content in self.replies
         ]
         self.report = sum(reports[1:], start=reports[0])
 
     def average(self, record_key: str, weighted_by_key: str) -> dict[str, NDArray[Any]]:
         """Mean of the replies' arrays, weighted by their examples."""
-        states = [to_arrays(content.array_records[record_key]) for _, content in self.replies]
+        states = [arrays_of(content.array_records[record_key]) for _, content in self.replies]
         return weighted_mean(states, self._metric(weighted_by_key))
 
     def metrics(self, weighted_by_key: str) -> MetricRecord:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from flwr_moe.arrays import Arrays, arrays_of, record_of, unlike
 from flwr_moe.client_apps.ems_fl.training import GATE_STATISTICS, TRAIN_EXPERTS, TRAINED_SHARED
 from flwr_moe.experts import ExpertLayout, RandomFeatures
 from flwr_moe.network.wall_clock import MESSAGE_TTL_S
-from flwr_moe.strategies.averaging import Arrays, to_arrays, to_record
 from flwr_moe.strategies.ems_fl.cluster import Cluster
 from flwr_moe.strategies.ems_fl.plan import ClusterReport, Experts
 from flwr_moe.strategies.events import Check
@@ -107,12 +106,12 @@ class OrderBook:
                 order["gamma"] = self.features.gamma
         content = RecordDict(
             {
-                "experts": to_record(self.layout.take(state, experts)),
+                "experts": record_of(self.layout.take(state, experts)),
                 self.configrecord_key: ConfigRecord(order),
             }
         )
         if fresh:
-            content["shared"] = to_record(fresh)
+            content["shared"] = record_of(fresh)
         return Message(content, node_id, message_type, ttl=MESSAGE_TTL_S)
 
     def forget(self, node_id: int) -> None:
@@ -127,7 +126,7 @@ class OrderBook:
         if record is None:
             return "the reply has no record 'gate'"
         try:
-            report = ClusterReport.of(to_arrays(record), self.layout)
+            report = ClusterReport.of(arrays_of(record), self.layout)
         except ValueError as error:
             return str(error)
         if self.gate == "plain":
@@ -154,9 +153,13 @@ class OrderBook:
             for e in ids
             for name, spec in self.layout.moe_layers[i].parts.items()
         }
-        reason = _unlike(content, "experts", own)
+        reason = unlike(content.array_records.get("experts"), own, "experts")
         if reason is None and self.train_shared:
-            reason = _unlike(content, TRAINED_SHARED, trained_shapes(self.layout))
+            reason = unlike(
+                content.array_records.get(TRAINED_SHARED),
+                trained_shapes(self.layout),
+                TRAINED_SHARED,
+            )
         return reason
 
 
@@ -164,14 +167,3 @@ def trained_shapes(layout: ExpertLayout) -> dict[str, tuple[int, ...]]:
     """Shapes of the shared tensors that devices may train: all but the gates' rows."""
     gates = {key for keys in layout.gate_rows for key in keys}
     return {key: spec.shape for key, spec in layout.shared_specs.items() if key not in gates}
-
-
-def _unlike(
-    content: RecordDict, record_key: str, expected: Mapping[str, tuple[int, ...]]
-) -> str | None:
-    record = content.array_records.get(record_key, ArrayRecord())
-    for key in sorted(expected.keys() | record.keys()):
-        shape = tuple(record[key].shape) if key in record else None
-        if shape != expected.get(key):
-            return f"array '{record_key}/{key}' has shape {shape}, expected {expected.get(key)}"
-    return None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from flwr.app import ConfigRecord
 
-from flwr_moe.strategies.averaging import Arrays
+from flwr_moe.arrays import Arrays
 from flwr_moe.strategies.ems_fl.cluster import Cluster
 from flwr_moe.strategies.ems_fl.orders import OrderBook
 from flwr_moe.strategies.events import EventLoop

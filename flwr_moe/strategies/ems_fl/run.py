@@ -11,10 +11,10 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
+from flwr_moe.arrays import mix, record_of, staleness_weight
 from flwr_moe.client_apps.ems_fl.training import TRAINED_SHARED
 from flwr_moe.network import HorizonReached
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.strategies.averaging import mix, staleness_weight, to_record
 from flwr_moe.strategies.ems_fl.cluster import MOST_FAILURES, Cluster, share_out
 from flwr_moe.strategies.ems_fl.gate import GateFitter
 from flwr_moe.strategies.ems_fl.orders import OrderBook
@@ -129,7 +129,7 @@ class EMSRun:
 
     def _evaluate(self, schedule: Schedule) -> None:
         if schedule.evaluate_fn is not None:
-            metrics = schedule.evaluate_fn(self.version, to_record(self.state))
+            metrics = schedule.evaluate_fn(self.version, record_of(self.state))
             if metrics is not None:
                 schedule.result.evaluate_metrics_serverapp[self.version] = metrics
 

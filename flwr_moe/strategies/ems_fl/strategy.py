@@ -9,9 +9,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from flwr_moe.arrays import arrays_of, record_of, staleness_weight
 from flwr_moe.experts import ExpertLayout, RandomFeatures, Router
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.strategies.averaging import staleness_weight, to_arrays, to_record
 from flwr_moe.strategies.ems_fl.cluster import Cluster, gather_clusters
 from flwr_moe.strategies.ems_fl.run import EMSRun, EvaluateFn, Schedule
 from flwr_moe.strategies.events import EventLoop
@@ -167,7 +167,7 @@ class EMSFL(Strategy):
         """
         if self._run is None:
             return []
-        self._run.state, version = to_arrays(arrays), self._run.version
+        self._run.state, version = arrays_of(arrays), self._run.version
         messages = []
         for cluster in self.clusters:
             if cluster.experts:
@@ -196,7 +196,7 @@ class EMSFL(Strategy):
                 self._run.put_in_place(cluster)
         if self._run is None or metrics is None:
             return None, None
-        return to_record(self._run.state), metrics
+        return record_of(self._run.state), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -239,9 +239,9 @@ class EMSFL(Strategy):
         self.summary()
         profiles = loop.wait_for_nodes(self.min_available_nodes)
         clusters = gather_clusters(profiles.values())
-        run = self._run = EMSRun(self, to_arrays(initial_arrays), clusters)
+        run = self._run = EMSRun(self, arrays_of(initial_arrays), clusters)
         result = Result(arrays=initial_arrays)
         run.go(Schedule(loop, num_rounds, train_config or ConfigRecord(), evaluate_fn, result))
         self.events = dict(loop.events)
-        result.arrays = to_record(run.state)
+        result.arrays = record_of(run.state)
         return result

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from flwr_moe.arrays import Arrays, cast_like
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.layout import part_name
 from flwr_moe.experts.mixing import Ingredient, mix
-from flwr_moe.strategies.averaging import Arrays, cast_like
 
 Mixed = dict[str, NDArray[Any]]
 

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
 
+from flwr_moe.arrays import Arrays, arrays_of, record_of, weighted_mean
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.layout import part_name
 from flwr_moe.experts.mixing import Ingredient, mixing_plans
@@ -36,7 +37,6 @@ from flwr_moe.network import (
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.network.wire_dtype import check_wire_dtype
-from flwr_moe.strategies.averaging import Arrays, to_arrays, to_record, weighted_mean
 from flwr_moe.strategies.fedmoe_da.relay import relay_experts
 from flwr_moe.strategies.nodes import sample, wait_for, with_clock
 
@@ -160,7 +160,7 @@ class FedMoEDA(FedAvg):
         is personal, are as they started: the trained ones are with the clients.
         """
         network = with_clock(grid, timeout)
-        self._run = _Run(network, to_arrays(initial_arrays), random.Random(self.seed))
+        self._run = _Run(network, arrays_of(initial_arrays), random.Random(self.seed))
         self.client_metrics = {}
         return super().start(
             network, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
@@ -186,11 +186,11 @@ class FedMoEDA(FedAvg):
             content = self._order(server_round, node, config)
             experts, rows = relayed.get(node.partition_id, ({}, {}))
             if experts:
-                content[EXPERTS] = to_record(experts)
+                content[EXPERTS] = record_of(experts)
                 if self.gate == "local" and node.node_id not in run.informed:
                     rows = dict(run.rows[node.partition_id])
             if rows:
-                content[GATE] = to_record(rows)
+                content[GATE] = record_of(rows)
             run.sent[node.node_id] = content
         return [
             Message(content, node_id, MessageType.TRAIN, ttl=MESSAGE_TTL_S)
@@ -218,17 +218,17 @@ class FedMoEDA(FedAvg):
             run.versions[client] = server_round
             records = reply.content.array_records
             if GATE in records:
-                run.rows[client] = to_arrays(records[GATE])
+                run.rows[client] = arrays_of(records[GATE])
             if self.relay:
-                run.experts[client] = to_arrays(records[EXPERTS])
+                run.experts[client] = arrays_of(records[EXPERTS])
             if TRAINED_SHARED in records:
-                shared.append(to_arrays(records[TRAINED_SHARED]))
+                shared.append(arrays_of(records[TRAINED_SHARED]))
                 weights.append(told[self.weighted_by_key])
         # Who failed may have lost what it had been sent: it is told everything again.
         run.informed = (run.informed - run.sent.keys()) | heard.keys()
         if shared and sum(weights) > 0:
             run.state |= weighted_mean(shared, weights)
-        return to_record(run.state), self._mean_metrics(sorted(heard.values()))
+        return record_of(run.state), self._mean_metrics(sorted(heard.values()))
 
     # --- inside ------------------------------------------------------------------
 
@@ -268,7 +268,7 @@ class FedMoEDA(FedAvg):
             ).to_dict()
         arrays = run.state if full else {key: run.state[key] for key in self._shared_keys()}
         return RecordDict(
-            {self.arrayrecord_key: to_record(arrays), self.configrecord_key: ConfigRecord(order)}
+            {self.arrayrecord_key: record_of(arrays), self.configrecord_key: ConfigRecord(order)}
         )
 
     def _shared_keys(self) -> list[str]:

@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from torch import nn
 
+from flwr_moe.arrays import arrays_of, record_of
 from flwr_moe.messages.split import SplitOrder
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import NodeProfile
@@ -19,7 +20,6 @@ from flwr_moe.split.codecs import cut_codecs
 from flwr_moe.split.cut import materialise
 from flwr_moe.split.prune import Kept, PruneSchedule, choose_kept, silenced
 from flwr_moe.split.prune_groups import find_groups
-from flwr_moe.strategies.averaging import to_arrays, to_record
 from flwr_moe.strategies.split.run import SplitRun
 from flwr_moe.strategies.split.splitfed import SplitFed
 
@@ -90,7 +90,7 @@ class FedSL(SplitFed):
     @property
     def dense_half(self) -> ArrayRecord:
         """The average of the client halves with the values of pruned units, to train on from."""
-        return to_record(self.run.half)
+        return record_of(self.run.half)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -124,8 +124,8 @@ class FedSL(SplitFed):
         # The server half has learnt with zeros where devices have pruned the cut.
         if run.kept is None:
             return run.half
-        state = to_record(run.half).to_torch_state_dict()
-        return to_arrays(ArrayRecord(silenced(state, run.kept)))
+        state = record_of(run.half).to_torch_state_dict()
+        return arrays_of(ArrayRecord(silenced(state, run.kept)))
 
     def _order(self, server_round: int, node: NodeProfile, config: ConfigRecord) -> SplitOrder:
         none = PruneSchedule(0.0)

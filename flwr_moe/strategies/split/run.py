@@ -12,6 +12,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
+from flwr_moe.arrays import arrays_of, weighted_mean
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.exchange.app import Handler
 from flwr_moe.messages.split import SplitFigures, SplitReply
@@ -21,7 +22,6 @@ from flwr_moe.network.ledger import Ledger
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.split.prune import Kept
 from flwr_moe.split.session import SplitSession
-from flwr_moe.strategies.averaging import to_arrays, weighted_mean
 
 
 @dataclass
@@ -128,7 +128,7 @@ class SplitRun:
         halves, weights = [], []
         for reply in replies:
             if reply.half is not None:
-                halves.append(to_arrays(reply.half))
+                halves.append(arrays_of(reply.half))
                 weights.append(reply.weight(weighted_by) * (reply.figures.steps / self.steps))
         if sum(weights) > 0:
             self.half = weighted_mean(halves, weights)

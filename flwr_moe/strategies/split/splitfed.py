@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flwr_moe.arrays import arrays_of, record_of
 from flwr_moe.exchange.app import Handler
 from flwr_moe.exchange.request import Refused
 from flwr_moe.messages.base import read_value
@@ -29,7 +30,6 @@ from flwr_moe.split.protocol import HANDLER, Answer, agreement
 from flwr_moe.split.prune_groups import find_groups
 from flwr_moe.split.session import SERVERS, SplitSession
 from flwr_moe.split.step import LossFn
-from flwr_moe.strategies.averaging import to_arrays, to_record
 from flwr_moe.strategies.in_turn import InTurn
 from flwr_moe.strategies.nodes import sample, wait_for, with_clock
 from flwr_moe.strategies.split.run import SplitRun, local_exchange
@@ -214,7 +214,7 @@ class SplitFed(FedAvg):
         self._run = run = SplitRun(
             grid,
             self._open_session(state, config),
-            to_arrays(ArrayRecord(client)),
+            arrays_of(ArrayRecord(client)),
             initial_arrays,
             num_rounds,
             random.Random(self.seed),
@@ -255,7 +255,7 @@ class SplitFed(FedAvg):
             order = self._order(server_round, node, config).to_record()
             content = RecordDict({self.configrecord_key: order})
             if node.node_id not in run.informed:
-                content[self.arrayrecord_key] = to_record(run.half)
+                content[self.arrayrecord_key] = record_of(run.half)
             run.sent[node.node_id] = content
             messages.append(Message(content, node.node_id, SPLIT_TRAIN, ttl=MESSAGE_TTL_S))
         return messages
@@ -270,11 +270,11 @@ class SplitFed(FedAvg):
         heard = run.hear(replies, averages)
         if averages:
             run.average(heard, key)
-            joined = {**self._answering(run), **to_arrays(ArrayRecord(run.session.state_dict()))}
+            joined = {**self._answering(run), **arrays_of(ArrayRecord(run.session.state_dict()))}
             if self.calibrate is not None:
-                whole = to_record(joined).to_torch_state_dict()
-                joined = to_arrays(ArrayRecord(dict(self.calibrate(whole))))
-            run.snapshot = to_record({key: joined[key] for key in run.snapshot})
+                whole = record_of(joined).to_torch_state_dict()
+                joined = arrays_of(ArrayRecord(dict(self.calibrate(whole))))
+            run.snapshot = record_of({key: joined[key] for key in run.snapshot})
         if sum(reply.weight(key) for reply in heard) <= 0:
             return run.snapshot, None
         figures = [RecordDict({"metrics": reply.figures.to_record()}) for reply in heard]

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flwr_moe.strategies.averaging import weighted_mean
-from flwr_moe.strategies.running_mean import BLOCK, RunningMean
+from flwr_moe.arrays import BLOCK, RunningMean, weighted_mean
 
 SINGLE = 2.0**-24
 """Half the distance from 1 to the next number in single precision."""
