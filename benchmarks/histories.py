@@ -109,7 +109,7 @@ def main() -> int:
 
 def history(name: str, data: str | None) -> tuple[bytes, float]:
     """Run one case by the command a user would type; its history and the seconds it took."""
-    from flwr_moe.cli.main import main as flwr_moe
+    from flwr_moe.cli import main as flwr_moe
 
     system, settings = CASES[name]
     command = ["compare", system, "--out", "results"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flwr_moe.app.config import Settings
-from flwr_moe.cli.main import main
+from flwr_moe.cli import main
 from flwr_moe.report import write_results
 from tests.report.fakes import fake_run
 
@@ -288,7 +288,7 @@ def test_help_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from flwr_moe.cli.main import main; main(['compare', '--help']);"
+        "import sys; from flwr_moe.cli import main; main(['compare', '--help']);"
         "heavy = {'torch', 'flwr', 'numpy', 'matplotlib', 'skyfield', 'rich'} & set(sys.modules);"
         "sys.stderr.write(' '.join(sorted(heavy)))"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from flwr.serverapp import Grid
@@ -16,6 +17,7 @@ from flwr_moe.app.settings_network import LINKS
 from flwr_moe.app.systems import settle_judge
 from flwr_moe.engines.flower import simulate
 from flwr_moe.report import (
+    Results,
     ResultsFolder,
     RunRecord,
     VirtualTimeProgress,
@@ -66,35 +68,51 @@ def run_compare(systems: list[str], settings: Settings, seeds: list[int], out: P
     folder = ResultsFolder.create(out)
     horizon_s = settings.horizon_hours * 3600
     runs: list[RunRecord] = []
-    results = None
-    with VirtualTimeProgress() as progress:
-        for seed in seeds:
-            for name in systems:
-                show = show_progress(progress, f"{name} seed {seed}", horizon_s)
-                runs.append(run_one(name, settings, seed, show))
-                ordered = sorted(runs, key=lambda run: systems.index(run.system))
-                results = write_results(
-                    folder,
-                    ordered,
-                    settings.to_results(),
-                    settings.task,
-                    settings.links,
-                    horizon_s,
-                )
-    if results is not None:
-        print_table(results)
+    written: list[Results] = []
+
+    def keep(run: RunRecord) -> None:
+        runs.append(run)
+        ordered = sorted(runs, key=lambda run: systems.index(run.system))
+        results = write_results(
+            folder, ordered, settings.to_results(), settings.task, settings.links, horizon_s
+        )
+        run.weights = None  # they are on disk now
+        written.append(results)
+
+    try:
+        with VirtualTimeProgress() as progress:
+            for seed in seeds:
+                for name in systems:
+                    show = show_progress(progress, f"{name} seed {seed}", horizon_s)
+                    run_one(name, settings, seed, show, keep)
+    except KeyboardInterrupt:
+        if written:
+            print(f"Results of the {len(written)} runs that have finished are in {folder}")
+        raise
+    if written:
+        print_table(written[-1])
         print(f"Results are in {folder}")
     return 0
 
 
 def run_one(
-    name: str, settings: Settings, seed: int, on_progress: Progress | None = None
+    name: str,
+    settings: Settings,
+    seed: int,
+    on_progress: Progress | None = None,
+    on_end: Callable[[RunRecord], None] = lambda run: None,
 ) -> RunRecord:
-    """Run one system with one seed through Flower's simulation engine."""
+    """Run one system with one seed through Flower's simulation engine.
+
+    What is to be done with a finished run by ``on_end`` is done before the engine is taken down:
+    that takes seconds in which a user may interrupt.
+    """
     run = settings.replace(system=name, seed=seed)
 
     def main(grid: Grid) -> RunRecord:
-        return run_system(grid, name, run, seed, on_progress)
+        record = run_system(grid, name, run, seed, on_progress)
+        on_end(record)
+        return record
 
     nodes = run.num_clients + overlay_nodes(run)
     record: RunRecord = simulate(make_client_app(run), nodes, main)

@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flwr_moe.cli.compare import settings_of
+
 if TYPE_CHECKING:
     from flwr_moe.split.costs import CutCost
 
@@ -33,13 +35,7 @@ def run(options: argparse.Namespace) -> int:
     """
     import json
 
-    from flwr_moe.app.config import Settings, Value, check_data, parse_assignments
-
-    given: dict[str, Value] = {**parse_assignments(options.set)}
-    flags = {"task": options.task, "data": options.data}
-    given.update({key: value for key, value in flags.items() if value is not None})
-    settings = Settings.from_mapping(given)
-    check_data(settings)
+    settings = settings_of(options, "task", "data")
     rows = _task_table(settings)
     if options.json:
         records = [_record(row) for row in rows]

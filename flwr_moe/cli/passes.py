@@ -6,8 +6,10 @@ Heavy modules are imported where they are needed, so that ``--help`` answers at 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +45,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write all passes as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw a map and a timeline as PNG")
+
+
+def attach_sites(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with ``--site A B`` as ``--site=A --site=B``.
+
+    argparse takes a southern site (``-33.9,18.4``) for an option unless it is attached.
+    """
+    attached: list[str] = []
+    in_sites = False
+    for argument in arguments:
+        if in_sites and not re.match(r"--|-[A-Za-z]", argument):
+            if attached[-1] == "--site":
+                attached.pop()
+            attached.append(f"--site={argument}")
+        else:
+            in_sites = argument == "--site"
+            attached.append(argument)
+    return attached
 
 
 def run(options: argparse.Namespace) -> int:

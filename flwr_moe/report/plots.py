@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from flwr_moe.report.files import written_aside
 from flwr_moe.report.records import Results, RunRecord
 
 #: Okabe and Ito's palette without its yellow, which is too pale on white.
@@ -34,7 +35,8 @@ def write_plots(folder: Path, results: Results) -> list[Path]:
     written = []
     for name, figure in figures.items():
         if figure is not None:
-            save_figure(figure, folder / name)
+            with written_aside(folder / name) as aside:
+                save_figure(figure, aside)
             written.append(folder / name)
     return written
 

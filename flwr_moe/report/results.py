@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from flwr_moe.report.files import write_text, writing
 from flwr_moe.report.records import HistoryRow, Results, ResultsError, RunRecord
 
 _CASTS: dict[str, Callable[[Any], Any]] = {"str": str, "int": int, "float": float}
@@ -96,31 +98,27 @@ def write_results(
     ]
     results = Results(task, links, horizon_s, complete, dict(settings_mapping), _versions())
     systems = results.by_system()
-    _write_json(
-        target / "summary.json",
-        {
-            "task": task,
-            "links": links,
-            "seeds": results.seeds,
-            "horizon-s": horizon_s,
-            "systems": {name: [run.summary for run in group] for name, group in systems.items()},
-        },
-    )
-    _write_json(
-        target / "timeline.json",
-        {
-            "systems": {
-                name: [{"seed": r.seed, "passes": r.passes, "uploads": r.uploads} for r in group]
-                for name, group in systems.items()
-            }
-        },
-    )
-    _write_json(
-        target / "config.json", {"settings": results.settings, "versions": results.versions}
-    )
-    _write(target / "history.csv", _history_csv(complete))
-    _write_weights(target, runs)
-    _write(target / "results.md", markdown_table(results))
+    timeline = {
+        name: [{"seed": r.seed, "passes": r.passes, "uploads": r.uploads} for r in group]
+        for name, group in systems.items()
+    }
+    summary = {
+        "task": task,
+        "links": links,
+        "seeds": results.seeds,
+        "horizon-s": horizon_s,
+        "systems": {name: [run.summary for run in group] for name, group in systems.items()},
+    }
+    with writing:
+        _write_weights(target, runs)
+        _write_json(
+            target / "config.json", {"settings": results.settings, "versions": results.versions}
+        )
+        _write_json(target / "timeline.json", {"systems": timeline})
+        write_text(target / "history.csv", _history_csv(complete))
+        # Last: a run is finished when it is in the summary, and all its files are there then.
+        _write_json(target / "summary.json", summary)
+    write_text(target / "results.md", markdown_table(results))
     write_plots(target, results)
     return results
 
@@ -230,10 +228,14 @@ def _write_weights(folder: Path, runs: Sequence[RunRecord]) -> None:
     for run in runs:
         if run.weights:
             stem = f"weights-{run.system}-seed{run.seed}"
-            # A comparison writes its folder again after every run.
+            with TemporaryDirectory(dir=folder, prefix=".weights-") as aside:
+                write_shards(aside, run.weights, stem)
+                new = {path.name: path for path in Path(aside).iterdir()}
+                for name in sorted(new):
+                    new[name].replace(folder / name)
             for old in folder.glob(f"{stem}[.-]*"):
-                old.unlink()
-            write_shards(folder, run.weights, stem)
+                if old.name not in new:
+                    old.unlink()
 
 
 def _versions() -> dict[str, str]:
@@ -260,11 +262,7 @@ def _plain(value: Any) -> Any:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _write(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+    write_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 
 
 def _read(path: Path) -> str:

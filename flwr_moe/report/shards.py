@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flwr_moe.report.files import sync, write_text
 from flwr_moe.report.records import ResultsError
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -84,6 +85,7 @@ def write_shards(
             total += sum(tensor.nbytes for tensor in shard.values())
             partial.append(target / f"{stem}-{len(partial) + 1:05d}.partial")
             save_file(shard, partial[-1], metadata={"format": "pt"})
+            sync(partial[-1])
             # Two shards would be in memory while the next is gathered.
             shard.clear()
         if not partial:
@@ -104,7 +106,7 @@ def write_shards(
             "metadata": {"total_size": total},
             "weight_map": {name: files[places[name]].name for name in sorted(places)},
         }
-        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
+        write_text(index, json.dumps(content, indent=2) + "\n")
     return files
 
 

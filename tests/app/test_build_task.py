@@ -13,7 +13,7 @@ from PIL import Image
 from flwr_moe.app.build_task import build_task, check_task
 from flwr_moe.app.config import ConfigError, Settings
 from flwr_moe.app.tuned import TUNED, train_config
-from flwr_moe.cli.main import main
+from flwr_moe.cli import main
 from flwr_moe.client_apps import build_client_app
 from flwr_moe.client_apps.training import train_by_order
 from flwr_moe.messages.training import TrainOrder
