@@ -1,16 +1,12 @@
 """How a run is executed."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from typing import Any
+from flwr_moe._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from flwr_moe.engines.flower import simulate
 
 __all__ = ["simulate"]
 
-
-def __getattr__(name: str) -> Any:
-    """Load Flower's engine when it is asked for: ending processes needs none of it."""
-    if name == "simulate":
-        from flwr_moe.engines.flower import simulate
-
-        return simulate
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

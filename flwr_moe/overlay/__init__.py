@@ -1,10 +1,15 @@
 """Edge overlays: replay cache, refresh controllers, tails and the ensemble."""
 
-from flwr_moe.overlay.cache import ReplayCache
-from flwr_moe.overlay.controller import Convergence, EveryRound, FixedPeriod
-from flwr_moe.overlay.ensemble import Ensemble
-from flwr_moe.overlay.tails import ParallelTails, build_tail
-from flwr_moe.overlay.training import Recipe
+from typing import TYPE_CHECKING
+
+from flwr_moe._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from flwr_moe.overlay.cache import ReplayCache
+    from flwr_moe.overlay.controller import Convergence, EveryRound, FixedPeriod
+    from flwr_moe.overlay.ensemble import Ensemble
+    from flwr_moe.overlay.tails import ParallelTails, build_tail
+    from flwr_moe.overlay.training import Recipe
 
 __all__ = [
     "Convergence",
@@ -16,3 +21,5 @@ __all__ = [
     "ReplayCache",
     "build_tail",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -1,35 +1,40 @@
 """Cutting a model in two, pruning its client half, and codecs for the cut."""
 
-from flwr_moe.split.codecs import (
-    Chain,
-    Codec,
-    CodecKey,
-    Encoded,
-    Passthrough,
-    Quantise,
-    RandomDropout,
-    cut_codecs,
-    wire_bytes,
-)
-from flwr_moe.split.costs import CutCost, cut_table
-from flwr_moe.split.cut import (
-    Split,
-    materialise,
-    possible_cuts,
-    split_in_three,
-    split_model,
-)
-from flwr_moe.split.prune import (
-    Kept,
-    PruneSchedule,
-    choose_kept,
-    expand,
-    magnitude_mask,
-    put_back,
-    shrink,
-    take,
-)
-from flwr_moe.split.prune_groups import find_groups
+from typing import TYPE_CHECKING
+
+from flwr_moe._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from flwr_moe.split.codecs import (
+        Chain,
+        Codec,
+        CodecKey,
+        Encoded,
+        Passthrough,
+        Quantise,
+        RandomDropout,
+        cut_codecs,
+        wire_bytes,
+    )
+    from flwr_moe.split.costs import CutCost, cut_table
+    from flwr_moe.split.cut import (
+        Split,
+        materialise,
+        possible_cuts,
+        split_in_three,
+        split_model,
+    )
+    from flwr_moe.split.prune import (
+        Kept,
+        PruneSchedule,
+        choose_kept,
+        expand,
+        magnitude_mask,
+        put_back,
+        shrink,
+        take,
+    )
+    from flwr_moe.split.prune_groups import find_groups
 
 __all__ = [
     "Chain",
@@ -58,3 +63,5 @@ __all__ = [
     "take",
     "wire_bytes",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -1,6 +1,13 @@
 """Samples, the training loop, precision and metrics."""
 
-from flwr_moe.training.loop import accuracy_and_loss, predict, train_steps
-from flwr_moe.training.samples import Samples
+from typing import TYPE_CHECKING
+
+from flwr_moe._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from flwr_moe.training.loop import accuracy_and_loss, predict, train_steps
+    from flwr_moe.training.samples import Samples
 
 __all__ = ["Samples", "accuracy_and_loss", "predict", "train_steps"]
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

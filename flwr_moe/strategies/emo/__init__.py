@@ -1,5 +1,12 @@
 """EMO: edge overlays beside a running federation."""
 
-from flwr_moe.strategies.emo.strategy import EMO
+from typing import TYPE_CHECKING
+
+from flwr_moe._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from flwr_moe.strategies.emo.strategy import EMO
 
 __all__ = ["EMO"]
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -1,0 +1,64 @@
+"""Packages whose public names load when they are first used."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Make a package's ``__getattr__`` and ``__dir__`` (PEP 562) from its own imports.
+
+    The ``__init__`` file imports its public names under ``if TYPE_CHECKING:``, where type checkers
+    and editors find them, and this reads them from there: each is listed once.
+
+    Parameters
+    ----------
+    package, file : str
+        ``__name__`` and ``__file__`` of the package.
+    """
+    homes = {
+        alias.asname or alias.name: (str(line.module), alias.name)
+        for block in ast.parse(Path(file).read_text(encoding="utf-8")).body
+        if isinstance(block, ast.If)
+        for line in block.body
+        if isinstance(line, ast.ImportFrom)
+        for alias in line.names
+    }
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, original = homes[name]
+        value = getattr(import_module(module), original)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return load, lambda: sorted(set(vars(sys.modules[package])) | set(homes))
+
+
+def require(module: str, extra: str) -> Any:
+    """Import a module of an optional dependency.
+
+    Parameters
+    ----------
+    module : str
+        Its full name.
+    extra : str
+        The extra of this package that brings it.
+
+    Raises
+    ------
+    ImportError
+        One line that names the extra, if it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{module.partition('.')[0]} is missing, expected `pip install 'flwr-moe[{extra}]'`"
+        ) from error
