@@ -14,7 +14,6 @@ if TYPE_CHECKING:
         Quantise,
         RandomDropout,
         cut_codecs,
-        wire_bytes,
     )
     from flwr_moe.split.costs import CutCost, cut_table
     from flwr_moe.split.cut import (
@@ -29,10 +28,8 @@ if TYPE_CHECKING:
         PruneSchedule,
         choose_kept,
         expand,
-        magnitude_mask,
         put_back,
         shrink,
-        take,
     )
     from flwr_moe.split.prune_groups import find_groups
 
@@ -53,15 +50,12 @@ __all__ = [
     "cut_table",
     "expand",
     "find_groups",
-    "magnitude_mask",
     "materialise",
     "possible_cuts",
     "put_back",
     "shrink",
     "split_in_three",
     "split_model",
-    "take",
-    "wire_bytes",
 ]
 
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from flwr_moe.split.quantise import (
     num_levels,
     num_scales,
     pack,
-    packed_size,
     quantise,
     unpack,
 )
@@ -96,14 +95,6 @@ class Encoded:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
-class WirePlan(NamedTuple):
-    """What a codec makes of a tensor: shape and dtype of its values, bytes of all else."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    side_bytes: int = 0
-
-
 class Codec(Protocol):
     """There and back over the wire. Bad input and broken wire data raise ValueError."""
 
@@ -114,16 +105,6 @@ class Codec(Protocol):
     def decode(self, encoded: Encoded, key: CodecKey) -> Tensor:
         """Turn wire tensors back into a tensor of the shape and dtype that was encoded."""
         ...
-
-    def plan(self, shape: Sequence[int], dtype: torch.dtype) -> WirePlan:
-        """Foretell the wire for a tensor of `shape` and `dtype`."""
-        ...
-
-
-def wire_bytes(codec: Codec, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
-    """Bytes that `codec` sends for a tensor of `shape`: ``encode(…).num_bytes``, foretold."""
-    plan = codec.plan(shape, dtype)
-    return math.prod(plan.shape) * plan.dtype.itemsize + plan.side_bytes
 
 
 @dataclass(frozen=True)
@@ -137,10 +118,6 @@ class Passthrough:
     def decode(self, encoded: Encoded, key: CodecKey) -> Tensor:
         """Return what was sent."""
         return wire_tensor(encoded, VALUES)
-
-    def plan(self, shape: Sequence[int], dtype: torch.dtype) -> WirePlan:
-        """Foretell the tensor itself."""
-        return WirePlan(tuple(shape), dtype)
 
 
 def checked(x: Tensor) -> Tensor:
@@ -250,10 +227,6 @@ class RandomDropout:
         whole = values.new_zeros(math.prod(shape))
         return whole.scatter_(0, self._places(shape, key), scaled.reshape(-1)).reshape(shape)
 
-    def plan(self, shape: Sequence[int], dtype: torch.dtype) -> WirePlan:
-        """Foretell (B, k) values."""
-        return WirePlan((shape[0], self.kept(shape)), dtype)
-
     def _places(self, shape: Sequence[int], key: CodecKey) -> Tensor:
         return _draw_places(tuple(shape), self.kept(shape), replace(key, role="activation"))
 
@@ -360,11 +333,6 @@ class Quantise:
         result = Quantised((codes - offset).reshape(shape), scale, signed == "1")
         return dequantise(result, self.bits, self.scale_per).to(dtype)
 
-    def plan(self, shape: Sequence[int], dtype: torch.dtype) -> WirePlan:
-        """Foretell the packed codes and the scales."""
-        size = packed_size(math.prod(shape), self.bits)
-        return WirePlan((size,), torch.uint8, 4 * num_scales(tuple(shape), self.scale_per))
-
 
 class Chain:
     """Applies codecs in order and undoes them in reverse.
@@ -402,14 +370,6 @@ class Chain:
             }
             x = codec.decode(Encoded({**side, VALUES: x}, metadata), key)
         return x
-
-    def plan(self, shape: Sequence[int], dtype: torch.dtype) -> WirePlan:
-        """Foretell the values of the last codec and the side tensors of all."""
-        plan, side = WirePlan(tuple(shape), dtype), 0
-        for codec in self.codecs:
-            plan = codec.plan(plan.shape, plan.dtype)
-            side += plan.side_bytes
-        return plan._replace(side_bytes=side)
 
 
 def cut_codecs(*, dropout: float = 0.0, bits: int | None = None) -> dict[Role, Chain]:

@@ -103,12 +103,6 @@ def shrink(module: nn.Module, kept: Kept) -> nn.Module:
     return copied
 
 
-def take(dense_state: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
-    """Copy the kept part of a dense state: the state of the shrunk module."""
-    positions = kept.positions()
-    return {k: _select(t.detach(), positions.get(k, {})) for k, t in dense_state.items()}
-
-
 @torch.no_grad()
 def put_back(
     dense_state: dict[str, Tensor], small_state: Mapping[str, Tensor], kept: Kept
@@ -414,34 +408,3 @@ class PruneSchedule:
             return 0.0
         since_at_choice = since - since % self.every
         return self.rate * min(1.0, (since_at_choice + 1) / (self.ramp_rounds + 1))
-
-
-def magnitude_mask(state: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
-    """Mark the weights that unstructured pruning keeps: no faster step, for comparison only.
-
-    Parameters
-    ----------
-    state : mapping of str to Tensor
-        Only floating-point tensors of two and more dimensions are pruned.
-    rate : float
-        Share of their entries pruned, smallest magnitudes of all tensors first.
-
-    Returns
-    -------
-    dict of str to Tensor
-        Per pruned tensor, bool of its shape; True stays.
-
-    Raises
-    ------
-    ValueError
-        If `rate` is outside [0, 1).
-    """
-    check_rate(rate)
-    weights = {k: t.detach() for k, t in state.items() if t.ndim > 1 and t.is_floating_point()}
-    if not weights:
-        return {}
-    flat = torch.cat([t.abs().reshape(-1).to("cpu", torch.float64) for t in weights.values()])
-    mask = torch.ones(len(flat), dtype=torch.bool)
-    mask[torch.argsort(flat, stable=True)[: int(rate * len(flat) + 1e-9)]] = False
-    parts = mask.split([t.numel() for t in weights.values()])
-    return {k: part.reshape(weights[k].shape) for k, part in zip(weights, parts, strict=True)}

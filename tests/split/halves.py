@@ -1,13 +1,16 @@
 """One training step in two halves, and the same step on the whole model."""
 
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flwr_moe.split.codecs import Chain, Quantise, RandomDropout
 from flwr_moe.split.cut import split_model
+from flwr_moe.split.prune import Kept
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -58,6 +61,28 @@ def assert_same_step(
             assert a.grad is None or torch.equal(a.grad, b.grad), (at, name)
         for (name, a), b in zip(whole.named_buffers(), mine.buffers(), strict=True):
             assert torch.equal(a, b), (at, name)
+
+
+def take(state: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
+    """Copy the kept part of a dense state."""
+    small, positions = {}, kept.positions()
+    for name, tensor in state.items():
+        small[name] = tensor.detach().clone()
+        for dim, places in positions.get(name, {}).items():
+            small[name] = small[name].index_select(dim, places)
+    return small
+
+
+def wire_bytes(chain: Chain, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+    """Bytes that a chain of dropout and quantisation sends for a tensor, by its formula."""
+    size, bits = math.prod(shape[1:]), 8 * dtype.itemsize
+    scales = 0
+    for codec in chain.codecs:
+        if isinstance(codec, RandomDropout):
+            size = min(size, max(1, round(size * (1 - codec.p))))
+        if isinstance(codec, Quantise):
+            bits, scales = codec.bits, shape[0]
+    return -(-shape[0] * size * bits // 8) + 4 * scales
 
 
 def allocated_bytes(module: nn.Module) -> int:

@@ -19,9 +19,9 @@ from flwr_moe.split.codecs import (
     RandomDropout,
     cut_codecs,
     smallest,
-    wire_bytes,
 )
 from flwr_moe.split.quantise import draw
+from tests.split.halves import wire_bytes
 
 WORDS = [24271, 64080, 29299, 2874, 47803, 537]
 KEY = CodecKey(seed=7, round=2, batch=3, partition=1, role="activation")
@@ -185,9 +185,6 @@ class Halve:
         assert encoded.tensors["note"].item() == 1
         return encoded.tensors["values"] * 2 + 1
 
-    def plan(self, shape, dtype):
-        raise NotImplementedError
-
 
 class Square:
     def encode(self, x, key):
@@ -196,9 +193,6 @@ class Square:
     def decode(self, encoded, key):
         assert encoded.metadata == {"k": "square"}
         return encoded.tensors["values"].sqrt()
-
-    def plan(self, shape, dtype):
-        raise NotImplementedError
 
 
 def test_chain_applies_in_order_and_undoes_in_reverse():

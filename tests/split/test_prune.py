@@ -12,12 +12,11 @@ from flwr_moe.split.prune import (
     PruneSchedule,
     choose_kept,
     expand,
-    magnitude_mask,
     put_back,
     shrink,
-    take,
 )
 from flwr_moe.split.prune_groups import find_groups
+from tests.split.halves import take
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -381,7 +380,6 @@ def test_nothing_to_prune():
 def test_rate_out_of_range(rate):
     for call in (
         lambda: choose_kept(vgg(), rate),
-        lambda: magnitude_mask({}, rate),
         lambda: PruneSchedule(rate),
     ):
         with pytest.raises(ValueError, match=rf"rate is {rate}, expected at least 0 and below 1"):
@@ -420,18 +418,3 @@ def test_schedule_by_hand():
     assert not PruneSchedule(0.0).chooses(1)
     with pytest.raises(ValueError, match="every is 0, expected at least 1"):
         PruneSchedule(0.5, every=0)
-
-
-def test_unstructured_mask_by_hand():
-    state = {
-        "a.weight": torch.tensor([[1.0, -5.0], [0.5, 2.0]]),
-        "a.bias": torch.tensor([0.0]),
-        "b.weight": torch.tensor([[-0.1, 3.0]]),
-        "b.count": torch.tensor([[1, 2]]),
-    }
-    mask = magnitude_mask(state, 0.5)
-    assert {name: part.tolist() for name, part in mask.items()} == {
-        "a.weight": [[False, True], [False, True]],
-        "b.weight": [[False, True]],
-    }
-    assert all(part.all() for part in magnitude_mask(state, 0).values())

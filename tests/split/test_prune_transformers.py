@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flwr_moe.split.cut import split_model
-from flwr_moe.split.prune import Kept, choose_kept, put_back, shrink, take
+from flwr_moe.split.prune import Kept, choose_kept, put_back, shrink
 from flwr_moe.split.prune_groups import find_groups
+from tests.split.halves import take
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from flwr_moe.split import PruneSchedule, choose_kept, cut_codecs, wire_bytes
+from flwr_moe.split import PruneSchedule, choose_kept, cut_codecs
 from flwr_moe.split.cut import split_model
 from flwr_moe.strategies import FedSL
 from tests.local_grid import LocalGrid
+from tests.split.halves import wire_bytes
 from tests.strategies.split_clients import (
     assert_close,
     build_model,

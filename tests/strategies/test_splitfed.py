@@ -10,10 +10,11 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from flwr_moe.network import FixedLinks, MeteredGrid, count_bytes
-from flwr_moe.split.codecs import cut_codecs, wire_bytes
+from flwr_moe.split.codecs import cut_codecs
 from flwr_moe.strategies import SplitFed
 from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid
+from tests.split.halves import wire_bytes
 from tests.strategies.split_clients import (
     CONFIG,
     assert_close,

@@ -11,10 +11,11 @@ from torch.nn import functional
 
 from flwr_moe.engines.flower import simulate
 from flwr_moe.network import FixedLinks, MeteredGrid, SimulatedGrid, count_bytes
-from flwr_moe.split import cut_codecs, wire_bytes
+from flwr_moe.split import cut_codecs
 from flwr_moe.split.session import SplitSession
 from flwr_moe.strategies import FedSL, SplitFed
 from tests.local_grid import LocalGrid
+from tests.split.halves import wire_bytes
 from tests.strategies.split_clients import (
     CONFIG,
     assert_close,
