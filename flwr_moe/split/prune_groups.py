@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -88,15 +88,6 @@ class PruneGroup:
     attributes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-@dataclass
-class _Flow:
-    """Where the units of one producer have been followed to."""
-
-    cuts: list[Cut] = field(default_factory=list)
-    output_dim: int | None = None
-    consumed: bool = False
-
-
 def keys_of(module: nn.Module, name: str) -> list[str]:
     """Names in the state of weight and bias of the layer `name`, as far as it has them."""
     layer = module.get_submodule(name)
@@ -159,84 +150,85 @@ def find_flow_groups(module: nn.Module) -> list[PruneGroup]:
             num_units, dim, kind = layer.out_features, -1, "hidden"
         else:
             continue
-        name, flow = str(node.target), _Flow()
-        if used[name] > 1 or not _follow(module, used, node, num_units, dim, flow):
+        name, flow = str(node.target), _Flow(module, used, num_units)
+        if used[name] > 1 or not flow.follow(node, dim):
             continue
         if not flow.consumed and flow.output_dim is None:
             continue
         made = [Cut(key, 0) for key in keys_of(module, name)]
-        if any(cut.key in read_directly for cut in (*made, *flow.cuts)):
-            continue
-        groups.append(
-            PruneGroup(name, kind, num_units, (made[0],), (*made, *flow.cuts), flow.output_dim)
-        )
+        cuts = (*made, *flow.cuts)
+        if not any(cut.key in read_directly for cut in cuts):
+            groups.append(PruneGroup(name, kind, num_units, (made[0],), cuts, flow.output_dim))
     return groups
 
 
-def _follow(
-    module: nn.Module, used: Counter[str], node: fx.Node, num_units: int, dim: int, flow: _Flow
-) -> bool:
-    """Follow units from `node`, lying along `dim` (0 once flattened); False at anything unknown."""
-    return all(_step(module, used, node, user, num_units, dim, flow) for user in node.users)
+@dataclass
+class _Flow:
+    """Where the units of one producer are followed to."""
 
+    module: nn.Module
+    used: Counter[str]
+    num_units: int
+    cuts: list[Cut] = field(default_factory=list)
+    output_dim: int | None = None
+    consumed: bool = False
 
-def _step(
-    module: nn.Module,
-    used: Counter[str],
-    node: fx.Node,
-    user: fx.Node,
-    num_units: int,
-    dim: int,
-    flow: _Flow,
-) -> bool:
-    def go_on(new_dim: int) -> bool:
-        return _follow(module, used, user, num_units, new_dim, flow)
+    def follow(self, node: fx.Node, dim: int) -> bool:
+        """Follow units from `node`, lying along `dim`; False at anything unknown."""
+        return all(self._step(node, user, dim) for user in node.users)
 
-    if user.op == "output":
-        flow.output_dim = dim
-        returned = user.args[0] if isinstance(user.args[0], tuple) else (user.args[0],)
-        return dim != FLAT and [i for i, r in enumerate(returned) if r is node] == [0]
-    if user.op == "call_module":
-        layer, name = _layer(module, user), str(user.target)
+    def _step(self, node: fx.Node, user: fx.Node, dim: int) -> bool:
+        if user.op == "output":
+            self.output_dim = dim
+            returned = user.args[0] if isinstance(user.args[0], tuple) else (user.args[0],)
+            return dim != FLAT and [i for i, r in enumerate(returned) if r is node] == [0]
+        if user.op == "call_module":
+            return self._enter(user, dim)
+        if user.target in CHANNELWISE_FUNCTIONS:
+            pools = "pool" in getattr(user.target, "__name__", "")
+            return (dim != FLAT or not pools) and self.follow(user, dim)
+        if user.target in (torch.flatten, "flatten"):
+            start = [*user.args[1:], *user.kwargs.values()]
+            whole = dim == 1 and start == [1] and "end_dim" not in user.kwargs
+            return whole and self.follow(user, FLAT)
+        if user.target == "size":
+            return user.args[1:] == (0,)
+        if user.target is getattr:
+            return user.args[1:] == ("shape",) and all(map(_is_batch_size, user.users))
+        if user.target in ("view", "reshape") and dim == 1:
+            whole = user.args[2:] == (-1,) and _is_batch_size(user.args[1])
+            return whole and self.follow(user, FLAT)
+        return False
+
+    def _enter(self, user: fx.Node, dim: int) -> bool:
+        """Go through a layer, or end at one that reads the units."""
+        layer, name = _layer(self.module, user), str(user.target)
         if isinstance(layer, CHANNELWISE):
             # Pooling is per channel only where the channels are a dimension of their own.
-            return (dim != FLAT or "Pool" not in type(layer).__name__) and go_on(dim)
-        if used[name] > 1:
+            return (dim != FLAT or "Pool" not in type(layer).__name__) and self.follow(user, dim)
+        if self.used[name] > 1:
             return False
         if isinstance(layer, nn.BatchNorm2d) and dim == 1:
-            keys = keys_of(module, name)
-            keys += [
-                f"{name}.{k}"
-                for k in ("running_mean", "running_var")
-                if layer._buffers[k] is not None
+            statistics = [
+                k for k in ("running_mean", "running_var") if layer._buffers[k] is not None
             ]
-            flow.cuts += [Cut(key, 0) for key in keys]
-            return go_on(dim)
-        if isinstance(layer, nn.Conv2d) and dim == 1 and layer.groups == 1:
-            flow.cuts.append(Cut(f"{name}.weight", 1))
-            flow.consumed = True
-            return True
-        if isinstance(layer, nn.Linear) and dim in (-1, FLAT) and not layer.in_features % num_units:
-            width = layer.in_features // num_units
-            flow.cuts.append(Cut(f"{name}.weight", 1, width=width))
-            flow.consumed = True
-            return width == 1 or dim == FLAT
+            keys = keys_of(self.module, name) + [f"{name}.{k}" for k in statistics]
+            self.cuts += [Cut(key, 0) for key in keys]
+            return self.follow(user, dim)
         if isinstance(layer, nn.Flatten):
-            return dim == 1 and (layer.start_dim, layer.end_dim) == (1, -1) and go_on(FLAT)
-        return False
-    if user.target in CHANNELWISE_FUNCTIONS:
-        pools = "pool" in getattr(user.target, "__name__", "")
-        return (dim != FLAT or not pools) and go_on(dim)
-    if user.target in (torch.flatten, "flatten"):
-        start = [*user.args[1:], *user.kwargs.values()]
-        return dim == 1 and start == [1] and "end_dim" not in user.kwargs and go_on(FLAT)
-    if user.target == "size":
-        return user.args[1:] == (0,)
-    if user.target is getattr:
-        return user.args[1:] == ("shape",) and all(_is_batch_size(reader) for reader in user.users)
-    if user.target in ("view", "reshape") and dim == 1:
-        return user.args[2:] == (-1,) and _is_batch_size(user.args[1]) and go_on(FLAT)
-    return False
+            ends = (layer.start_dim, layer.end_dim)
+            return dim == 1 and ends == (1, -1) and self.follow(user, FLAT)
+        if isinstance(layer, nn.Conv2d) and dim == 1 and layer.groups == 1:
+            width = 1
+        elif isinstance(layer, nn.Linear) and dim in (-1, FLAT):
+            width, rest = divmod(layer.in_features, self.num_units)
+            if rest or (width > 1 and dim != FLAT):
+                return False
+        else:
+            return False
+        self.cuts.append(Cut(f"{name}.weight", 1, width=width))
+        self.consumed = True
+        return True
 
 
 FLAT = 0
@@ -290,24 +282,20 @@ def find_block_groups(module: nn.Module) -> list[PruneGroup]:
 def _mlps(module: nn.Module, block: str) -> list[PruneGroup]:
     groups = []
     for short_names, short_reader in MLP_NAMES:
-        makers = [_join(block, name) for name in short_names]
-        reader = _join(block, short_reader)
-        makes = {_sizes(module, maker) for maker in makers}
-        made, read = makes.pop(), _sizes(module, reader)
-        if makes or made is None or read is None or made[1] != read[0]:
-            continue
-        cuts = [_out_cuts(module, maker) for maker in makers]
-        scored = tuple(cut[0] for cut in cuts)
-        every = (*(c for cut in cuts for c in cut), _in_cut(module, reader))
-        groups.append(PruneGroup(makers[0], "hidden", made[1], scored, every))
+        makers, reader = [_join(block, name) for name in short_names], _join(block, short_reader)
+        makes, read = {_sizes(module, maker) for maker in makers}, _sizes(module, reader)
+        made = makes.pop()
+        if not makes and made is not None and read is not None and made[1] == read[0]:
+            widths = dict.fromkeys(makers, 1)
+            groups.append(_group(module, makers[0], "hidden", made[1], widths, reader))
     return groups
 
 
 def _attention(module: nn.Module, block: str) -> list[PruneGroup]:
     groups = []
     for short_names, short_reader, short_owner in ATTENTION_NAMES:
-        makers = [_join(block, name) for name in short_names]
-        reader, owner = _join(block, short_reader), _join(block, short_owner)
+        makers, reader = [_join(block, name) for name in short_names], _join(block, short_reader)
+        owner = _join(block, short_owner)
         sizes = [_sizes(module, name) for name in (*makers, reader)]
         head = _head_size(module, owner)
         if None in sizes or head is None:
@@ -316,12 +304,8 @@ def _attention(module: nn.Module, block: str) -> list[PruneGroup]:
         units = key // head
         if not units or key % head or key != value or query % key or query != read:
             continue
-        widths = (query // units, head, head)
-        cuts = [_out_cuts(module, n, width=w) for n, w in zip(makers, widths, strict=True)]
-        scored = tuple(cut[0] for cut in cuts)
-        every = (*(c for cut in cuts for c in cut), _in_cut(module, reader, width=widths[0]))
-        attributes = _attributes(module, owner)
-        groups.append(PruneGroup(owner, "heads", units, scored, every, None, attributes))
+        widths = dict(zip(makers, (query // units, head, head), strict=True))
+        groups.append(_group(module, owner, "heads", units, widths, reader))
     return groups
 
 
@@ -331,11 +315,33 @@ def _fused(module: nn.Module, block: str) -> list[PruneGroup]:
     made, read, head = _sizes(module, maker), _sizes(module, reader), _head_size(module, block)
     if made is None or read is None or head is None or read[0] % head or made[1] != 3 * read[0]:
         return []
-    cuts = _out_cuts(module, maker, width=head, repeats=3)
-    every = (*cuts, _in_cut(module, reader, width=head))
-    attributes = _attributes(module, block)
-    units = read[0] // head
-    return [PruneGroup(block, "heads", units, (cuts[0],), every, None, attributes)]
+    return [_group(module, block, "heads", read[0] // head, {maker: head}, reader, repeats=3)]
+
+
+def _group(
+    module: nn.Module,
+    name: str,
+    kind: Kind,
+    units: int,
+    widths: Mapping[str, int],
+    reader: str,
+    repeats: int = 1,
+) -> PruneGroup:
+    """Units of a block: outputs of some linear layers, and as wide as of the first, read by one."""
+    scored, cuts = [], []
+    for maker, width in widths.items():
+        dims = (1 if _transposed(module, maker) else 0, 0)
+        places = zip(keys_of(module, maker), dims, strict=False)
+        made = [Cut(key, dim, width, repeats) for key, dim in places]
+        scored.append(made[0])
+        cuts += made
+    width = next(iter(widths.values()))
+    cuts.append(Cut(f"{reader}.weight", 0 if _transposed(module, reader) else 1, width))
+    attributes = {}
+    if kind == "heads":
+        owner = module.get_submodule(name)
+        attributes = {name: tuple(a for a in COUNTS if isinstance(getattr(owner, a, None), int))}
+    return PruneGroup(name, kind, units, tuple(scored), tuple(cuts), None, attributes)
 
 
 def _join(block: str, name: str) -> str:
@@ -349,8 +355,9 @@ def _find(module: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _transposed(layer: nn.Module) -> bool:
-    return type(layer).__name__ == "Conv1D"
+def _transposed(module: nn.Module, name: str) -> bool:
+    """Whether a layer's weight has its inputs first, as GPT-2's have."""
+    return type(module.get_submodule(name)).__name__ == "Conv1D"
 
 
 def _sizes(module: nn.Module, name: str) -> tuple[int, int] | None:
@@ -358,23 +365,10 @@ def _sizes(module: nn.Module, name: str) -> tuple[int, int] | None:
     layer = _find(module, name)
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    if layer is not None and _transposed(layer):
+    if layer is not None and _transposed(module, name):
         weight = layer.get_parameter("weight")
         return weight.shape[0], weight.shape[1]
     return None
-
-
-def _out_cuts(module: nn.Module, name: str, width: int = 1, repeats: int = 1) -> list[Cut]:
-    """Cuts of a layer's outputs, its weight first."""
-    weight_dim = 1 if _transposed(module.get_submodule(name)) else 0
-    dims = (weight_dim, 0)
-    return [
-        Cut(key, d, width, repeats) for key, d in zip(keys_of(module, name), dims, strict=False)
-    ]
-
-
-def _in_cut(module: nn.Module, name: str, width: int = 1) -> Cut:
-    return Cut(f"{name}.weight", 0 if _transposed(module.get_submodule(name)) else 1, width)
 
 
 def _head_size(module: nn.Module, name: str) -> int | None:
@@ -384,8 +378,3 @@ def _head_size(module: nn.Module, name: str) -> int | None:
         if isinstance(size, int) and size > 0:
             return size
     return None
-
-
-def _attributes(module: nn.Module, name: str) -> dict[str, tuple[str, ...]]:
-    owner = module.get_submodule(name)
-    return {name: tuple(a for a in COUNTS if isinstance(getattr(owner, a, None), int))}
