@@ -142,7 +142,7 @@ class TailOrder(EMOOrder):
         return content
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TailFigures(Figures):
     """What an overlay tells after it has trained.
 

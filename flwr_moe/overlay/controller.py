@@ -32,6 +32,15 @@ class History:
     spent_bytes: int = 0
     next_bytes: int = 0
 
+    @property
+    def rounds_since(self) -> int:
+        """Rounds since the last refresh, or since the start."""
+        return len(self.scores) - 1 - (self.refreshed[-1] if self.refreshed else 0)
+
+    def exceeds(self, budget_bytes: int) -> bool:
+        """Whether one more refresh would cost more than a budget; 0 is none."""
+        return bool(budget_bytes) and self.spent_bytes + self.next_bytes > budget_bytes
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -84,9 +93,9 @@ class FixedPeriod:
 
     def __call__(self, history: History) -> Decision:
         """Decide; see `Decision`."""
-        if _too_dear(history, self.budget_bytes):
+        if history.exceeds(self.budget_bytes):
             return Decision(False, True, 0, "the byte budget is spent")
-        due = _rounds_since(history) >= self.period
+        due = history.rounds_since >= self.period
         return Decision(due, False, self.period, "the period is over" if due else "not yet")
 
 
@@ -158,12 +167,12 @@ class Convergence:
         settled = self._settled_at(history)
         if settled is not None and any(place >= settled for place in history.refreshed):
             return Decision(False, True, 0, "the small model has settled")
-        if _too_dear(history, self.budget_bytes):
+        if history.exceeds(self.budget_bytes):
             return Decision(False, True, 0, "the byte budget is spent")
         if settled is not None:
             return Decision(True, True, 0, "the small model has settled: the last refresh")
         period = self._period(history)
-        due = _rounds_since(history) >= period
+        due = history.rounds_since >= period
         return Decision(due, False, period, "the period is over" if due else "not yet")
 
     def _settled_at(self, history: History) -> int | None:
@@ -204,14 +213,6 @@ def _smoothed(scores: Sequence[float]) -> list[float]:
         window = [s for s in scores[max(0, place - SMOOTHED_OVER + 1) : place + 1] if s == s]
         means.append(float(np.mean(window)) if window else math.nan)
     return means
-
-
-def _rounds_since(history: History) -> int:
-    return len(history.scores) - 1 - (history.refreshed[-1] if history.refreshed else 0)
-
-
-def _too_dear(history: History, budget_bytes: int) -> bool:
-    return bool(budget_bytes) and history.spent_bytes + history.next_bytes > budget_bytes
 
 
 def _check(key: str, value: int, least: int) -> None:

@@ -22,7 +22,7 @@ from flwr_moe.messages.emo import (
 )
 from flwr_moe.network import MESSAGE_TTL_S, HorizonReached, NodeProfile
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.overlay.controller import Controller, Decision, History
+from flwr_moe.overlay.controller import Controller, History
 from flwr_moe.overlay.training import average
 from flwr_moe.strategies.emo.devices import devices_of
 from flwr_moe.strategies.events import EventLoop
@@ -146,8 +146,6 @@ class EMORun:
     ----------
     scores, refreshed : list
         The small model's history, and where activations were asked for.
-    decisions : list of Decision
-        What the controller said after each round.
     version : int
         Refreshes so far.
     activation_bytes : int
@@ -179,7 +177,6 @@ class EMORun:
         self.overlays: dict[int, Overlay] = {}
         self.scores: list[float] = []
         self.refreshed: list[int] = []
-        self.decisions: list[Decision] = []
         self.version = 0
         self.activation_bytes = 0
         self.arrays = ArrayRecord()
@@ -242,27 +239,20 @@ class EMORun:
         if len(self.scores) == 1:
             return
         decision = self.controller(self._history())
-        self.decisions.append(decision)
         if decision.refresh:
             self._refresh()
         if decision.stopped and self._last_version is None:
-            log(
-                INFO,
-                "EMO: no more refreshes after round %d: %s",
-                len(self.scores) - 1,
-                decision.reason,
-            )
+            rounds = len(self.scores) - 1
+            log(INFO, "EMO: no more refreshes after round %d: %s", rounds, decision.reason)
             self._last_version = self.version
 
     def finish(self) -> None:
         """After the last round: a last refresh if there may be one, and the rest of the work."""
         try:
             if self._last_version is None:
-                history = self._history()
-                budget = getattr(self.controller, "budget_bytes", 0)
-                fits = not budget or history.spent_bytes + history.next_bytes <= budget
-                fresh = bool(self.refreshed) and self.refreshed[-1] == len(self.scores) - 1
-                if fits and not fresh and self.scores:
+                too_dear = self._history().exceeds(getattr(self.controller, "budget_bytes", 0))
+                fresh = self.refreshed[-1:] == [len(self.scores) - 1]
+                if self.scores and not fresh and not too_dear:
                     self._refresh()
                 self._last_version = self.version
             self.flush()
