@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from flwr.app import ArrayRecord, RecordDict
-from torch import Tensor
 
 from flwr_moe.messages.base import Figures, key, read_value
 from flwr_moe.messages.exchange import ExchangeAccess
@@ -134,12 +132,10 @@ class TailOrder(EMOOrder):
         kinds = get_type_hints(Recipe).items()
         return Recipe(**{name: read_value(self.extra, _key(name), kind) for name, kind in kinds})
 
-    def content(self, tail: Mapping[str, Tensor] | None) -> RecordDict:
+    def content(self, tail: ArrayRecord | None) -> RecordDict:
         """Put the order, and the tail to go on with if it is not the overlay's own, together."""
-        content = RecordDict({CONFIG: self.to_record()})
-        if tail is not None:
-            content[TAIL] = ArrayRecord(dict(tail))
-        return content
+        order = {CONFIG: self.to_record()}
+        return RecordDict(order if tail is None else {**order, TAIL: tail})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -210,32 +210,3 @@ def shift_and_mirror(x: Tensor, rng: np.random.Generator) -> Tensor:
         torch.from_numpy(rows_BH)[:, None, :, None],
         torch.from_numpy(columns_BW)[:, None, None, :],
     ]
-
-
-def average(states: list[Mapping[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
-    """Mean of several tails' state dicts, in double precision; counters take the largest.
-
-    Parameters
-    ----------
-    states : list of mapping
-        At least one, with the same keys and shapes.
-    weights : list of float
-        Not negative, not all 0.
-
-    Raises
-    ------
-    ValueError
-        If there is nothing to average.
-    """
-    total = sum(weights)
-    if not states or len(states) != len(weights) or min(weights) < 0 or not total > 0:
-        raise ValueError(f"{len(states)} tails with weights {weights} cannot be averaged")
-    mean: dict[str, Tensor] = {}
-    for key, first in states[0].items():
-        stacked = torch.stack([state[key] for state in states])
-        if first.is_floating_point():
-            shares = torch.tensor(weights, dtype=torch.float64) / total
-            mean[key] = torch.tensordot(shares, stacked.double(), 1).to(first.dtype)
-        else:
-            mean[key] = stacked.amax(0)
-    return mean

@@ -1,4 +1,4 @@
-"""Tails in training: what they learn, that they go on where they were, and their averages."""
+"""Tails in training: what they learn, that they go on where they were."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from flwr_moe.overlay.block import encode
 from flwr_moe.overlay.cache import ReplayCache
 from flwr_moe.overlay.tails import ParallelTails, build_tail, check_tail
-from flwr_moe.overlay.training import Recipe, Trainee, average, shift_and_mirror
+from flwr_moe.overlay.training import Recipe, Trainee, shift_and_mirror
 
 SHAPE = (3, 8, 8)
 
@@ -94,19 +94,6 @@ def test_maps_are_shifted_and_mirrored_as_a_whole() -> None:
     found = {next(k for k, p in enumerate(possible) if torch.equal(p, one[0])) for one in moved}
     assert torch.equal(moved[:, 0], moved[:, 1])
     assert len(found) == 18
-
-
-def test_averages_are_weighted_and_keep_types() -> None:
-    states = [
-        {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)},
-        {"w": torch.tensor([5.0, 6.0]), "n": torch.tensor(8)},
-    ]
-    mean = average(states, [3.0, 1.0])
-    assert mean["w"].tolist() == [2.0, 3.0]
-    assert mean["w"].dtype == torch.float32
-    assert mean["n"].item() == 8
-    with pytest.raises(ValueError, match="cannot be averaged"):
-        average(states, [0.0, 0.0])
 
 
 def test_depth_and_number_of_tails_scale() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
 
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
-from torch import Tensor
 
+from flwr_moe.arrays import arrays_of, record_of, unlike, weighted_mean
 from flwr_moe.messages.base import metrics_of
 from flwr_moe.messages.emo import (
     OVERLAY_TYPE,
@@ -23,7 +23,6 @@ from flwr_moe.messages.emo import (
 from flwr_moe.network import MESSAGE_TTL_S, HorizonReached, NodeProfile
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.overlay.controller import Controller, History
-from flwr_moe.overlay.training import average
 from flwr_moe.strategies.emo.devices import devices_of
 from flwr_moe.strategies.events import EventLoop
 
@@ -39,7 +38,7 @@ class Overlay:
     ----------
     node : NodeProfile
         Its node.
-    next_tail : mapping, optional
+    next_tail : ArrayRecord, optional
         The tail it is to go on with; None for its own.
     stored : dict of int to int
         Newest version of each device's activations that it has been sent.
@@ -51,7 +50,7 @@ class Overlay:
         Orders, and devices' attempts to send to it, in a row that came to nothing.
     busy : bool
         Whether an order is under way.
-    tail : mapping, optional
+    tail : ArrayRecord, optional
         The tail it reported and that has not been averaged yet.
     since_s, took_s : float
         When it reported that, and how long its order took.
@@ -60,7 +59,7 @@ class Overlay:
     """
 
     node: NodeProfile
-    next_tail: Mapping[str, Tensor] | None
+    next_tail: ArrayRecord | None
     stored: dict[int, int] = field(default_factory=dict)
     asked: int = 0
     steps: int = 0
@@ -68,7 +67,7 @@ class Overlay:
     failures: int = 0
     unsent: int = 0
     busy: bool = False
-    tail: Mapping[str, Tensor] | None = None
+    tail: ArrayRecord | None = None
     since_s: float = 0.0
     took_s: float = 0.0
     weight: float = 0.0
@@ -133,7 +132,7 @@ class EMORun:
         what else differs from message to message, is filled in for each.
     front : collection of str
         The small model's tensors before the tap.
-    tail : mapping
+    tail : ArrayRecord
         The tail that overlays begin with.
     batch_size : int
         Samples of a device's training step.
@@ -150,7 +149,7 @@ class EMORun:
         Refreshes so far.
     activation_bytes : int
         Bytes of activations that devices have sent.
-    tail : mapping
+    tail : ArrayRecord
         The tail as last averaged.
     counts : Counter
         ``refused`` and ``damaged`` blocks, ``overlay-failed`` orders, ``device-failed`` refreshes.
@@ -164,7 +163,7 @@ class EMORun:
         activations: ActivationOrder,
         training: TailOrder,
         front: Collection[str],
-        tail: Mapping[str, Tensor],
+        tail: ArrayRecord,
         batch_size: int,
         average_every: int,
         share_before_last: float,
@@ -368,9 +367,9 @@ class EMORun:
         self.counts["damaged"] = max(self.counts["damaged"], figures.damaged)
         overlay.took_s = self.loop.now - sent.at_s
         if TRAINED_TAIL in content.array_records:
-            tail = content.array_records[TRAINED_TAIL].to_torch_state_dict()
-            if {k: t.shape for k, t in tail.items()} != {k: t.shape for k, t in self.tail.items()}:
-                log(WARNING, "overlay %d reported another tail than asked for", sent.overlay)
+            tail = content.array_records[TRAINED_TAIL]
+            if reason := unlike(tail, self.tail, TRAINED_TAIL):
+                log(WARNING, "overlay %d: %s", sent.overlay, reason)
                 overlay.failures = MOST_FAILURES
                 self.counts["overlay-failed"] += 1
                 return
@@ -383,8 +382,9 @@ class EMORun:
             return
         if self._awaited() and self.loop.now < self._patience_ends():
             return
-        tails = [overlay.tail for overlay in reported if overlay.tail is not None]
-        self.tail = average(tails, [max(overlay.weight, 1.0) for overlay in reported])
+        tails = [arrays_of(overlay.tail) for overlay in reported if overlay.tail is not None]
+        weights = [max(overlay.weight, 1.0) for overlay in reported]
+        self.tail = record_of(weighted_mean(tails, weights, like=arrays_of(self.tail)))
         for overlay in reported:
             overlay.tail = None
             overlay.next_tail = self.tail if len(reported) > 1 else None

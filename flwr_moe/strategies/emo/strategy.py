@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
+from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.messages.emo import ActivationOrder, TailOrder, recipe_fields
 from flwr_moe.network import SimulatedGrid
 from flwr_moe.network.flower_adapter import log
@@ -251,7 +252,7 @@ class EMO(Strategy):
         small.load_state_dict(state)
         front = split_model(small, self.tap, self.held_out.x[:1]).client
         trained = any(overlay.orders for overlay in self.run.overlays.values())
-        tail.load_state_dict(dict(self.run.tail))
+        tail.load_state_dict(tensors_of(self.run.tail))
         made = Ensemble(small, front, [tail] if trained else [])
         made.fit(self.held_out.x, self.held_out.y, self.off_load)
         return made
@@ -300,7 +301,7 @@ class EMO(Strategy):
             activations=ActivationOrder(**common, tap=self.tap),
             training=training,
             front=front.keys(),
-            tail=self.tail.state_dict(),
+            tail=record_of(self.tail.state_dict()),
             batch_size=self.batch_size,
             average_every=self.average_every,
             share_before_last=self.share_before_last,

@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, Result, Strategy
 from torch import nn
 
+from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.client_apps import build_client_app
 from flwr_moe.client_apps.emo import overlay_mod, register_overlay
 from flwr_moe.exchange import ExchangeServer, TensorStore
@@ -240,10 +241,11 @@ def test_tails_are_averaged_by_activations_and_sent_back(make_emo: Callable[...,
     first, second = (Overlay(o.node, None) for o in state.overlays.values())
     state.overlays = {4: first, 5: second}
     for overlay, value, weight in ((first, 1.0, 30.0), (second, 5.0, 10.0)):
-        overlay.tail = {k: torch.full_like(t, value) for k, t in build_tail().state_dict().items()}
+        state_dict = build_tail().state_dict()
+        overlay.tail = record_of({k: torch.full_like(t, value) for k, t in state_dict.items()})
         overlay.weight = weight
     state._average()
-    assert all(torch.equal(t, torch.full_like(t, 2.0)) for t in state.tail.values())
+    assert all(torch.equal(t, torch.full_like(t, 2.0)) for t in tensors_of(state.tail).values())
     assert first.next_tail is second.next_tail is state.tail
     sent = [m for m in grid.executed if m.metadata.message_type == "train.overlay"]
     # The common start, and an average with every order after the first.
@@ -291,9 +293,8 @@ def test_a_run_repeats(make_emo: Callable[..., EMO], tmp_path: Path) -> None:
         emo = make_emo(fed_avg(), cache_folder=str(tmp_path / name))
         run(emo, simulated(local_grid(finish_order=order)))
         assert emo.run is not None
-        tails.append({key: tensor.clone() for key, tensor in emo.run.tail.items()})
-    for key in tails[0]:
-        assert torch.equal(tails[0][key], tails[1][key]), key
+        tails.append({key: array.data for key, array in emo.run.tail.items()})
+    assert tails[0] == tails[1]
 
 
 def test_fedasync_goes_on_beside_overlays(make_emo: Callable[..., EMO]) -> None:
