@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flwr_moe.checks import check_numbers
+
 FloatArray = NDArray[np.float64]
 
 
@@ -47,13 +49,8 @@ class RandomFeatures:
 
     def __post_init__(self) -> None:
         """Check the sizes."""
-        if self.num_inputs < 1 or self.num_features < 1:
-            raise ValueError(
-                f"random features of {self.num_inputs} inputs and {self.num_features} features, "
-                "expected at least 1 of each"
-            )
-        if not self.gamma > 0:
-            raise ValueError(f"gamma is {self.gamma}, expected a number above 0")
+        check_numbers(least=1, num_inputs=self.num_inputs, num_features=self.num_features)
+        check_numbers(above=0, gamma=self.gamma)
 
     def __call__(self, x: ArrayLike) -> FloatArray:
         """Map inputs of shape (B, ...) with D numbers each to features of shape (B, F)."""

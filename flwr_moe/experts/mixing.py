@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.experts.layout import ExpertLayout, part_name
 
 if TYPE_CHECKING:
@@ -104,8 +105,7 @@ def nearest(r_PP: ArrayLike, p: int) -> NDArray[np.bool_]:
         raise ValueError(f"similarities have shape {r_PP.shape}, expected (experts, experts)")
     if not np.isfinite(r_PP).all():
         raise ValueError("similarities hold a number that is not finite")
-    if p < 0:
-        raise ValueError(f"p is {p}, expected at least 0")
+    check_numbers(least=0, p=p)
     number = len(r_PP)
     itself_PP = np.eye(number, dtype=bool)
     if p == 0:

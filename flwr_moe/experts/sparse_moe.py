@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flwr_moe.checks import check_numbers
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
@@ -84,7 +86,7 @@ class RoutedBlock(nn.Module):
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         super().__init__()
-        check_sizes(num_experts=num_experts, top_k=top_k)
+        check_numbers(least=1, num_experts=num_experts, top_k=top_k)
         self.top_k = top_k
         counters_E = torch.zeros(num_experts, dtype=torch.int64)
         self.register_buffer("tokens_per_expert", counters_E, persistent=False)
@@ -182,7 +184,7 @@ class SparseMoE(RoutedBlock):
     ) -> None:
         super().__init__(num_experts, top_k)
         d_out = d_model if d_out is None else d_out
-        check_sizes(d_model=d_model, d_hidden=d_hidden, d_out=d_out)
+        check_numbers(least=1, d_model=d_model, d_hidden=d_hidden, d_out=d_out)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}, expected one of {list(ACTIVATIONS)}")
         self.gate = nn.Linear(d_model, num_experts)
@@ -234,8 +236,7 @@ class SparseMoE(RoutedBlock):
                 f"linear2 takes {linear2.in_features} features, expected the "
                 f"{linear1.out_features} that linear1 gives"
             )
-        if noise < 0:
-            raise ValueError(f"noise is {noise}, expected at least 0")
+        check_numbers(least=0, noise=noise)
         block = cls(
             linear1.in_features,
             linear1.out_features,
@@ -318,10 +319,3 @@ def run_chosen(
     slot_N = torch.empty_like(sorted_slot_N).scatter_(0, order_N, sorted_slot_N)
     chosen_NO = y_ECO.flatten(0, 1).index_select(0, slot_N)
     return torch.bmm(weight_Tk.unsqueeze(1), chosen_NO.view(-1, k, y_ECO.shape[-1])).squeeze(1)
-
-
-def check_sizes(**sizes: int) -> None:
-    """Refuse sizes below one; the line names the first."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}, expected at least 1")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.lora.base import base_fingerprint, freeze, own_copy, refuse_other_bases
 from flwr_moe.lora.layer import GATE_KINDS, GateKind, LoRAExpertsLinear, follow_attention_mask
 from flwr_moe.lora.sites import LoRASite, LoRASites, find_sites
@@ -90,8 +91,7 @@ def add_lora_experts(
     -----
     LoRA: Hu et al. 2022. Mixture of LoRA experts with frozen base: source ours.
     """
-    if num_experts < 1:
-        raise ValueError(f"num_experts is {num_experts}, expected at least 1")
+    check_numbers(least=1, num_experts=num_experts)
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k is {top_k}, expected 1 to {num_experts} (num_experts)")
     if gate not in GATE_KINDS:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.exchange import TensorStore
 from flwr_moe.exchange.body import unpack
 from flwr_moe.exchange.store import StoreFull
@@ -117,8 +118,8 @@ class ReplayCache:
         disk_bytes: int | None = None,
         versions: int | None = None,
     ) -> None:
-        if versions is not None and versions < 1:
-            raise ValueError(f"versions is {versions}, expected at least 1")
+        if versions is not None:
+            check_numbers(least=1, versions=versions)
         self.fingerprint, self.shape, self.num_classes = fingerprint, tuple(shape), num_classes
         self.devices, self.versions = frozenset(devices), versions
         self.latest = 0
@@ -352,8 +353,7 @@ class _Rows:
         ValueError
             If an argument is out of range.
         """
-        if size < 1:
-            raise ValueError(f"size is {size}, expected at least 1")
+        check_numbers(least=1, size=size)
         if balance not in BALANCES:
             raise ValueError(f"balance is {balance!r}, expected one of {', '.join(BALANCES)}")
         if balance not in self._sums:

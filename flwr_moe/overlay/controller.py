@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from flwr_moe.checks import check_numbers
+
 SMOOTHED_OVER = 3
 
 
@@ -88,8 +90,8 @@ class FixedPeriod:
     budget_bytes: int = 0
 
     def __post_init__(self) -> None:
-        _check("period", self.period, 1)
-        _check("budget_bytes", self.budget_bytes, 0)
+        check_numbers(least=1, period=self.period)
+        check_numbers(least=0, budget_bytes=self.budget_bytes)
 
     def __call__(self, history: History) -> Decision:
         """Decide; see `Decision`."""
@@ -154,13 +156,10 @@ class Convergence:
     budget_bytes: int = 0
 
     def __post_init__(self) -> None:
-        _check("shortest", self.shortest, 1)
-        _check("longest", self.longest, self.shortest)
-        _check("patience", self.patience, 1)
-        _check("last_round", self.last_round, 0)
-        _check("budget_bytes", self.budget_bytes, 0)
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance is {self.tolerance}, expected 0 or more")
+        check_numbers(least=1, shortest=self.shortest, patience=self.patience)
+        check_numbers(least=self.shortest, longest=self.longest)
+        check_numbers(least=0, last_round=self.last_round, budget_bytes=self.budget_bytes)
+        check_numbers(least=0, tolerance=self.tolerance)
 
     def __call__(self, history: History) -> Decision:
         """Decide; see `Decision`."""
@@ -213,8 +212,3 @@ def _smoothed(scores: Sequence[float]) -> list[float]:
         window = [s for s in scores[max(0, place - SMOOTHED_OVER + 1) : place + 1] if s == s]
         means.append(float(np.mean(window)) if window else math.nan)
     return means
-
-
-def _check(key: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{key} is {value!r}, expected a whole number from {least}")

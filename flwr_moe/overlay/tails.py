@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flwr_moe.checks import check_numbers
+
 HEADS = 4
 SCALINGS = ("vertical", "horizontal")
 
@@ -65,7 +67,7 @@ def conv_tail(
     """
     if len(shape) != 3:
         raise ValueError(f"the tap gives {tuple(shape)}, expected (channels, height, width)")
-    _check(num_classes, width, depth)
+    check_numbers(least=1, num_classes=num_classes, width=width, depth=depth)
     layers: list[nn.Module] = []
     channels, side, planes = shape[0], min(shape[1:]), width
     for place in range(depth):
@@ -93,7 +95,7 @@ def dense_tail(
     shape, num_classes, width, depth
         As for `conv_tail`, with ``width`` units in each hidden layer.
     """
-    _check(num_classes, width, depth)
+    check_numbers(least=1, num_classes=num_classes, width=width, depth=depth)
     units = int(torch.Size(shape).numel())
     layers: list[nn.Module] = [nn.Flatten()]
     for _ in range(depth):
@@ -186,7 +188,7 @@ def sequence_tail(
     """
     if len(shape) != 2:
         raise ValueError(f"the tap gives {tuple(shape)}, expected (tokens, width)")
-    _check(num_classes, width, depth)
+    check_numbers(least=1, num_classes=num_classes, width=width, depth=depth)
     return SequenceTail(shape[1], num_classes, 2 * HEADS * math.ceil(width / HEADS), depth, dropout)
 
 
@@ -218,8 +220,7 @@ def build_tail(
     """
     if scaling not in SCALINGS:
         raise ValueError(f"scaling is {scaling!r}, expected one of {', '.join(SCALINGS)}")
-    if size < 1:
-        raise ValueError(f"size is {size}, expected at least 1")
+    check_numbers(least=1, size=size)
     make = {3: conv_tail, 2: sequence_tail}.get(len(shape), dense_tail)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -258,9 +259,3 @@ def check_tail(tail: nn.Module, shape: Sequence[int], num_classes: int) -> None:
             f"the tail gives {ends} for 2 activations, expected (2, {num_classes}) "
             f"or (2, tails, {num_classes})"
         )
-
-
-def _check(num_classes: int, width: int, depth: int) -> None:
-    for key, value in (("num_classes", num_classes), ("width", width), ("depth", depth)):
-        if value < 1:
-            raise ValueError(f"{key} is {value}, expected at least 1")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.overlay.cache import Batch
 from flwr_moe.split.step import quick_layout
 
@@ -56,16 +57,10 @@ class Recipe:
     balance: str = "class"
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}, expected above 0")
-        for key in ("total_steps", "batch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}, expected at least 1")
-        for key in ("weight_decay", "mixup"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"{key} is {getattr(self, key)}, expected 0 or more")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}, expected 0 up to below 1")
+        check_numbers(above=0, learning_rate=self.learning_rate)
+        check_numbers(least=1, total_steps=self.total_steps, batch_size=self.batch_size)
+        check_numbers(least=0, weight_decay=self.weight_decay, mixup=self.mixup)
+        check_numbers(least=0, below=1, label_smoothing=self.label_smoothing)
 
     def rate(self, step: int) -> float:
         """Step size of a step, counted from 0; after the last one that of the last."""

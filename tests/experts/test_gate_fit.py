@@ -63,11 +63,11 @@ def test_random_features_of_no_samples():
 
 
 def test_random_features_errors():
-    for sizes in ((0, 4), (4, 0)):
-        with pytest.raises(ValueError, match="expected at least 1 of each"):
+    for sizes, name in (((0, 4), "num_inputs"), ((4, 0), "num_features")):
+        with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
             RandomFeatures(0, *sizes, 1.0)
     for gamma in (0.0, -1.0, np.nan):
-        with pytest.raises(ValueError, match="gamma is"):
+        with pytest.raises(ValueError, match=f"gamma is {gamma}, expected above 0"):
             RandomFeatures(0, 1, 1, gamma)
     with pytest.raises(ValueError, match="inputs have 3 numbers, expected 4"):
         RandomFeatures(0, 4, 8, 1.0)(np.zeros((2, 3)))

@@ -89,8 +89,8 @@ def test_a_decision_depends_on_the_history_alone() -> None:
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        ({"shortest": 0}, "shortest is 0, expected a whole number from 1"),
-        ({"shortest": 5, "longest": 4}, "longest is 4, expected a whole number from 5"),
+        ({"shortest": 0}, "shortest is 0, expected at least 1"),
+        ({"shortest": 5, "longest": 4}, "longest is 4, expected at least 5"),
         ({"patience": 0}, "patience is 0"),
         ({"tolerance": -1.0}, "tolerance is -1.0"),
         ({"budget_bytes": -1}, "budget_bytes is -1"),

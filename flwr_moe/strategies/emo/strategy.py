@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from flwr_moe.arrays import record_of, tensors_of
+from flwr_moe.checks import check_numbers
 from flwr_moe.messages.emo import ActivationOrder, TailOrder, recipe_fields
 from flwr_moe.network import SimulatedGrid
 from flwr_moe.network.flower_adapter import log
@@ -123,20 +124,10 @@ class EMO(Strategy):
         evaluate_overlays: bool = False,
         seed: int = 0,
     ) -> None:
-        for key, value, least in (
-            ("local_steps", local_steps, 1),
-            ("average_every", average_every, 1),
-            ("ram_bytes", ram_bytes, 0),
-            ("disk_bytes", disk_bytes, 0),
-            ("versions", versions, 0),
-            ("batch_size", batch_size, 1),
-            ("held_out", len(held_out), 1),
-        ):
-            if value < least:
-                raise ValueError(f"{key} is {value}, expected at least {least}")
-        for key, share in (("share_before_last", share_before_last), ("off_load", off_load)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{key} is {share}, expected 0 to 1")
+        check_numbers(least=1, local_steps=local_steps, average_every=average_every)
+        check_numbers(least=1, batch_size=batch_size, held_out=len(held_out))
+        check_numbers(least=0, ram_bytes=ram_bytes, disk_bytes=disk_bytes, versions=versions)
+        check_numbers(least=0, most=1, share_before_last=share_before_last, off_load=off_load)
         self.base, self.tap, self.held_out = base, tap, held_out
         self.model, self.tail = copy.deepcopy(model), copy.deepcopy(tail)
         self.front = split_model(self.model, tap, held_out.x[:1]).client
