@@ -14,7 +14,8 @@ def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callabl
     """Make a package's ``__getattr__`` and ``__dir__`` (PEP 562) from its own imports.
 
     The ``__init__`` file imports its public names under ``if TYPE_CHECKING:``, where type checkers
-    and editors find them, and this reads them from there: each is listed once.
+    and editors find them, and this reads them from there: each is listed once. They become the
+    package's ``__all__``, too.
 
     Parameters
     ----------
@@ -29,6 +30,8 @@ def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callabl
         if isinstance(line, ast.ImportFrom)
         for alias in line.names
     }
+
+    vars(sys.modules[package])["__all__"] = sorted(homes)
 
     def load(name: str) -> Any:
         if name not in homes:

@@ -16,19 +16,4 @@ if TYPE_CHECKING:
     from flwr_moe.client_apps.wire_mod import wire_mod
     from flwr_moe.messages.training import TrainOrder
 
-__all__ = [
-    "TrainOrder",
-    "answer_gate_statistics",
-    "build_client_app",
-    "expert_mod",
-    "overlay_mod",
-    "personal_mod",
-    "register_expert_training",
-    "register_overlay",
-    "register_split_training",
-    "register_training",
-    "train_half",
-    "wire_mod",
-]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -12,19 +12,4 @@ if TYPE_CHECKING:
     from flwr_moe.exchange.store import StoreFull, TensorStore
     from flwr_moe.exchange.transport import ExchangeError, RefusedByServer, Unreachable
 
-__all__ = [
-    "BadBody",
-    "BadName",
-    "ExchangeClient",
-    "ExchangeError",
-    "ExchangeServer",
-    "Limits",
-    "Refused",
-    "RefusedByServer",
-    "StoreFull",
-    "TensorSpec",
-    "TensorStore",
-    "Unreachable",
-]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

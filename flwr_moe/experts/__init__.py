@@ -33,33 +33,4 @@ if TYPE_CHECKING:
     from flwr_moe.experts.restrict import restricted_gate
     from flwr_moe.experts.sparse_moe import SparseMoE
 
-__all__ = [
-    "AffinitySum",
-    "Discriminants",
-    "ExpertLayout",
-    "Family",
-    "GateStatistics",
-    "RandomFeatures",
-    "Router",
-    "SparseMoE",
-    "affinity_from_inputs",
-    "assign_experts",
-    "cluster_logits",
-    "cosine_similarity",
-    "fit_discriminants",
-    "gate_inputs",
-    "median_gamma",
-    "mix",
-    "mixed_log_probs",
-    "mixing_matrix",
-    "most_probable_log_probs",
-    "nearest",
-    "probabilities_from_input",
-    "register_family",
-    "repair_nllb",
-    "restricted_gate",
-    "sample_features",
-    "split_among_experts",
-]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

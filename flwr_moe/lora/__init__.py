@@ -11,20 +11,4 @@ if TYPE_CHECKING:
     from flwr_moe.lora.layer import GateKind, LoRAExpertsLinear, token_mask
     from flwr_moe.lora.peft import fused_peft_layout, peft_layout
 
-__all__ = [
-    "FINGERPRINT",
-    "GateKind",
-    "LoRAExpertsLinear",
-    "add_lora_experts",
-    "from_peft",
-    "fused_peft_layout",
-    "load_experts",
-    "lora_mixture",
-    "own_copy",
-    "peft_layout",
-    "save_experts",
-    "shared_base",
-    "token_mask",
-]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -29,31 +29,4 @@ if TYPE_CHECKING:
     from flwr_moe.orbit.rain import RainLoss, rain_loss_db
     from flwr_moe.orbit.table import PassTable, Site
 
-__all__ = [
-    "DEFAULT_LINK",
-    "HANDHELD_S",
-    "PRESETS",
-    "VSAT_KA",
-    "ElementAgeWarning",
-    "LinkBudget",
-    "LinkPreset",
-    "PassTable",
-    "RainLoss",
-    "Satellite",
-    "Site",
-    "Walker",
-    "check_element_age",
-    "constellation",
-    "find_passes",
-    "free_space_loss_db",
-    "load_elements",
-    "pass_geometry",
-    "propagation_delay_s",
-    "rain_loss_db",
-    "save_constellation",
-    "slant_range_km",
-    "walker_delta",
-    "walker_star",
-]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -11,15 +11,4 @@ if TYPE_CHECKING:
     from flwr_moe.overlay.tails import ParallelTails, build_tail
     from flwr_moe.overlay.training import Recipe
 
-__all__ = [
-    "Convergence",
-    "Ensemble",
-    "EveryRound",
-    "FixedPeriod",
-    "ParallelTails",
-    "Recipe",
-    "ReplayCache",
-    "build_tail",
-]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

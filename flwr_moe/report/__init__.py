@@ -9,15 +9,4 @@ if TYPE_CHECKING:
     from flwr_moe.report.records import HistoryRow, Results, ResultsError, RunRecord
     from flwr_moe.report.results import ResultsFolder, load_results, write_results
 
-__all__ = [
-    "HistoryRow",
-    "Results",
-    "ResultsError",
-    "ResultsFolder",
-    "RunRecord",
-    "VirtualTimeProgress",
-    "load_results",
-    "write_results",
-]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -33,29 +33,4 @@ if TYPE_CHECKING:
     )
     from flwr_moe.split.prune_groups import find_groups
 
-__all__ = [
-    "Chain",
-    "Codec",
-    "CodecKey",
-    "CutCost",
-    "Encoded",
-    "Kept",
-    "Passthrough",
-    "PruneSchedule",
-    "Quantise",
-    "RandomDropout",
-    "Split",
-    "choose_kept",
-    "cut_codecs",
-    "cut_table",
-    "expand",
-    "find_groups",
-    "materialise",
-    "possible_cuts",
-    "put_back",
-    "shrink",
-    "split_in_three",
-    "split_model",
-]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

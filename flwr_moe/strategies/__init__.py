@@ -14,15 +14,4 @@ if TYPE_CHECKING:
     from flwr_moe.strategies.split.splitfed import SplitFed
     from flwr_moe.strategies.streaming import StreamingFedAvg
 
-__all__ = [
-    "EMO",
-    "EMSFL",
-    "FedAsync",
-    "FedBuff",
-    "FedMoEDA",
-    "FedSL",
-    "SplitFed",
-    "StreamingFedAvg",
-]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -8,6 +8,4 @@ if TYPE_CHECKING:
     from flwr_moe.training.loop import accuracy_and_loss, predict, train_steps
     from flwr_moe.training.samples import Samples
 
-__all__ = ["Samples", "accuracy_and_loss", "predict", "train_steps"]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -10,6 +10,4 @@ if TYPE_CHECKING:
     from flwr_moe.network.links.trace import RateTrace, TraceLinks
     from flwr_moe.network.links.wireless import WirelessLinks
 
-__all__ = ["FixedLinks", "Links", "RateTrace", "SatelliteLinks", "TraceLinks", "WirelessLinks"]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

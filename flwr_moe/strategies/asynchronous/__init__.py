@@ -8,6 +8,4 @@ if TYPE_CHECKING:
     from flwr_moe.strategies.asynchronous.fedasync import FedAsync
     from flwr_moe.strategies.asynchronous.fedbuff import FedBuff
 
-__all__ = ["FedAsync", "FedBuff"]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

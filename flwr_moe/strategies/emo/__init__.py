@@ -7,6 +7,4 @@ from flwr_moe._lazy import lazy_exports
 if TYPE_CHECKING:
     from flwr_moe.strategies.emo.strategy import EMO
 
-__all__ = ["EMO"]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

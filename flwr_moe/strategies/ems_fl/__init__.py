@@ -7,6 +7,4 @@ from flwr_moe._lazy import lazy_exports
 if TYPE_CHECKING:
     from flwr_moe.strategies.ems_fl.strategy import EMSFL
 
-__all__ = ["EMSFL"]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -8,6 +8,4 @@ if TYPE_CHECKING:
     from flwr_moe.strategies.split.fedsl import FedSL
     from flwr_moe.strategies.split.splitfed import SplitFed
 
-__all__ = ["FedSL", "SplitFed"]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)
