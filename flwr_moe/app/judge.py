@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flwr_moe.app.tracker import Judge, Verdict
-from flwr_moe.client_apps.ems_fl.gate_report import gate_inputs_by_batch
+from flwr_moe.client_apps.ems_fl.training import gate_inputs_by_batch
 from flwr_moe.experts import (
     ExpertLayout,
     Router,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import NoneType
@@ -188,26 +189,13 @@ def metrics_of(content: RecordDict) -> MetricRecord:
     return next(iter(content.metric_records.values()), MetricRecord())
 
 
-def unlike(
-    content: RecordDict, record_key: str, expected: Mapping[str, Sequence[int]]
-) -> str | None:
-    """Say which array of a record has another name or shape than expected; None if none has."""
-    record = content.array_records.get(record_key, {})
-    came = {name: tuple(array.shape) for name, array in record.items()}
-    for name in sorted(came.keys() | expected.keys()):
-        shape = tuple(expected[name]) if name in expected else None
-        if came.get(name) != shape:
-            return f"array '{record_key}/{name}' has shape {came.get(name)}, expected {shape}"
-    return None
-
-
 def _is_one(value: Any, kind: type) -> bool:
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if kind is int and isinstance(value, float):
         return value.is_integer()
     if kind is float:
-        return isinstance(value, int | float)
+        return isinstance(value, int | float) and math.isfinite(value)
     return isinstance(value, kind)
 
 

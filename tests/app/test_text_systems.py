@@ -18,8 +18,9 @@ from flwr_moe.app.compare import run_one
 from flwr_moe.app.config import Settings
 from flwr_moe.app.runner import run_system
 from flwr_moe.app.tuned import TUNED_TEXT, train_config
-from flwr_moe.client_apps.ems_fl.gate_report import statistics_cost
+from flwr_moe.client_apps.ems_fl.training import statistics_cost
 from flwr_moe.experts import ExpertLayout, GateStatistics, RandomFeatures
+from flwr_moe.messages.ems_fl import GateFigures, GateQuestion
 from flwr_moe.report import RunRecord
 from flwr_moe.tasks import AgNews, TextFile
 from flwr_moe.training import Samples
@@ -149,13 +150,15 @@ def test_a_device_reports_on_what_the_router_sees(folder: Path) -> None:
     steps = reply.content.metric_records["metrics"]["steps"]
     assert 1 <= float(str(steps)) <= len(data) / (3 * 16) + 1
     # By hand: two experts and the shared part, and the frozen numbers, pass three times.
-    asked = ConfigRecord({"gate": "random-features", "num-features": 4096, "batch-size": 1})
+    told = {"gate": "random-features", "num-features": 4096, "batch-size": 1}
+    asked = GateQuestion.from_record({**told, "experts.0": [0]})
     passed = layout.shared_bytes() / 4 + 10_000
     step = 3 * (passed + 2 * layout.expert_bytes([0]) / 4)
-    assert statistics_cost(asked, layout, Samples(seen, data.y), 10_000) == {
-        "steps": math.ceil(len(data) * passed / step),
-        "steps-before": math.ceil(len(data) * 4096 * (32 + 2048) / step),
-    }
+    assert statistics_cost(asked, layout, Samples(seen, data.y), 10_000) == GateFigures(
+        num_examples=len(data),
+        steps=math.ceil(len(data) * passed / step),
+        steps_before=math.ceil(len(data) * 4096 * (32 + 2048) / step),
+    )
 
 
 def test_settings_reach_the_tasks(folder: Path, tmp_path: Path) -> None:

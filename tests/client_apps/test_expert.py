@@ -10,16 +10,18 @@ from flwr.clientapp import ClientApp
 
 from flwr_moe.client_apps import register_expert_training
 from flwr_moe.client_apps.ems_fl import training as expert_module
-from flwr_moe.client_apps.ems_fl.gate_report import (
-    SHARED_STATE,
-    experts_in,
-    own_model,
-    statistics_cost,
-)
 from flwr_moe.client_apps.ems_fl.mod import expert_mod
-from flwr_moe.client_apps.ems_fl.training import GATE_STATISTICS, TRAIN_EXPERTS, TRAINED_SHARED
+from flwr_moe.client_apps.ems_fl.training import SHARED_STATE, own_model, statistics_cost
 from flwr_moe.experts import ExpertLayout, GateStatistics
-from flwr_moe.strategies.ems_fl.plan import ClusterReport
+from flwr_moe.messages.ems_fl import (
+    GATE_STATISTICS,
+    TRAIN_EXPERTS,
+    TRAINED_SHARED,
+    ExpertOrder,
+    GateFigures,
+    GateQuestion,
+    GateReport,
+)
 from tests.experts.models import gate_probabilities
 from tests.local_grid import LocalGrid
 from tests.strategies.devices import TinyTask
@@ -132,20 +134,25 @@ def test_the_shared_part_is_remembered_and_laid_over():
 
 @pytest.mark.parametrize(
     ("config", "text"),
-    [({}, "names no experts"), ({"experts.0": 3}, "names no experts")],
+    [
+        ({}, "names no experts"),
+        ({"experts.0": 3}, "'experts.0' is 3 in the message, expected a list of whole numbers"),
+    ],
 )
 def test_no_experts(config, text):
     with pytest.raises(ValueError, match=text):
-        experts_in(ConfigRecord(config))
+        ExpertOrder.from_record(ConfigRecord(config))
 
 
 def test_experts_by_layer():
-    assert experts_in(ConfigRecord({"experts.1": [4], "experts.0": [2, 0]})) == {0: [2, 0], 1: [4]}
+    order = ExpertOrder.from_record(ConfigRecord({"experts.1": [4], "experts.0": [2, 0]}))
+    assert order.experts == {0: [2, 0], 1: [4]}
 
 
 def test_unknown_gate():
     reply = Scene().ask(0, GATE_STATISTICS, [0], gate="best")
-    assert "'gate' is 'best', expected plain, linear or random-features" in reply.error.reason
+    text = "'gate' is 'best' in the message, expected one of plain, linear, random-features"
+    assert text in reply.error.reason
 
 
 # --- gate reports --------------------------------------------------------------------
@@ -153,8 +160,8 @@ def test_unknown_gate():
 
 def report(scene, partition, **options):
     reply = scene.ask(partition, GATE_STATISTICS, [0], **options)
-    arrays = {k: a.numpy() for k, a in reply.content["gate"].items()}
-    return ClusterReport.of(arrays, scene.layout), dict(reply.content["metrics"])
+    told = GateReport.from_record(reply.content["gate"], scene.layout)
+    return told, dict(reply.content["metrics"])
 
 
 def all_data(scene):
@@ -199,19 +206,13 @@ def test_cost_by_hand():
     data = scene.task.train_data(1)  # 40 samples of 2 numbers
     shared, expert = 12 + 10 * 5 + 10, 49
     step = 3 * 8 * (shared + 2 * expert)
-    cost = statistics_cost(ConfigRecord(CONFIG), scene.layout, data)
-    assert (
-        cost
-        == {"steps": math.ceil(40 * shared / step), "steps-before": 0}
-        == {
-            "steps": 1,
-            "steps-before": 0,
-        }
-    )
-    config = ConfigRecord({**CONFIG, "gate": "random-features", "num-features": 300})
+    config = {**CONFIG, "experts.0": [0]}
+    cost = statistics_cost(GateQuestion.from_record(config), scene.layout, data)
+    assert cost == GateFigures(40, math.ceil(40 * shared / step), 0) == GateFigures(40, 1, 0)
+    config |= {"gate": "random-features", "num-features": 300}
     before = 40 * 300 * (2 + 300 / 2)
-    cost = statistics_cost(config, scene.layout, data)
-    assert cost["steps-before"] == math.ceil(before / step) == 448
+    cost = statistics_cost(GateQuestion.from_record(config), scene.layout, data)
+    assert cost.steps_before == math.ceil(before / step) == 448
     assert report(scene, 0, gate="random-features", **RANDOM)[1]["num-examples"] == 30
 
 

@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 
 from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.client_apps.ems_fl.mod import expert_mod, restricted_models
-from flwr_moe.client_apps.ems_fl.training import TRAIN_EXPERTS
 from flwr_moe.experts import ExpertLayout, restricted_gate
+from flwr_moe.messages.ems_fl import TRAIN_EXPERTS
 from tests.experts.models import build
 from tests.experts.test_families import every
 from tests.local_grid import LocalGrid

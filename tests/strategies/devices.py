@@ -11,8 +11,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flwr_moe.client_apps.ems_fl.training import TRAINED_SHARED, experts_in, remember_shared
+from flwr_moe.client_apps.ems_fl.training import remember_shared
 from flwr_moe.experts import ExpertLayout
+from flwr_moe.messages.ems_fl import TRAINED_SHARED, ExpertOrder
 from flwr_moe.network import NodeProfile, SimulatedGrid, answer_roll_call
 from flwr_moe.strategies import EMSFL
 from flwr_moe.tasks.models import MoEClassifier
@@ -135,7 +136,7 @@ class Devices:
             shared = remember_shared(message, context)
             config = message.content["config"]
             part = message.content["experts"]
-            own = self.layout.select(experts_in(config))
+            own = self.layout.select(ExpertOrder.from_record(config).experts)
             assert {key.rsplit(".", 1)[0] for key in part} == {
                 f"layer.{i}.expert.{e}" for i, ids in enumerate(own) for e in ids
             }

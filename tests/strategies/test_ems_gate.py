@@ -8,7 +8,7 @@ from flwr_moe.client_apps import build_client_app
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.network import SimulatedGrid
 from flwr_moe.strategies import EMSFL
-from flwr_moe.strategies.ems_fl.plan import NOBODYS_BIAS
+from flwr_moe.strategies.ems_fl.gate import NOBODYS_BIAS
 from tests.local_grid import LocalGrid
 from tests.strategies.devices import PassLinks, TinyTask, numpy_state, until_contact
 

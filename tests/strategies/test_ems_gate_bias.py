@@ -9,9 +9,9 @@ import torch
 from flwr_moe.experts import ExpertLayout, GateStatistics
 from flwr_moe.experts.affinity import AffinitySum
 from flwr_moe.experts.families import Family, normalised_sigmoid, renumber
+from flwr_moe.messages.ems_fl import GateReport
 from flwr_moe.strategies.ems_fl.cluster import Cluster
-from flwr_moe.strategies.ems_fl.gate import GateFitter, constant_of_features
-from flwr_moe.strategies.ems_fl.plan import ClusterReport, fit_gate_rows
+from flwr_moe.strategies.ems_fl.gate import GateFitter, constant_of_features, fit_gate_rows
 from tests.experts.models import WIDTH, ListBlock, build
 
 RIDGE = 1e-3
@@ -35,7 +35,7 @@ def clusters_of(data: list[np.ndarray]) -> list[Cluster]:
     for k, x_BD in enumerate(data):
         group = (np.arange(len(x_BD)) % 2).astype(np.int64)
         statistics = GateStatistics.of(x_BD, group, 2)
-        report = ClusterReport(AffinitySum(np.ones((2, 5)), np.ones(2, np.int64)), statistics)
+        report = GateReport(AffinitySum(np.ones((2, 5)), np.ones(2, np.int64)), statistics)
         found.append(Cluster(k, [], report, {0: [k], 1: [k]}))
     return found
 

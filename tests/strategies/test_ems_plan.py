@@ -3,16 +3,11 @@
 import numpy as np
 import pytest
 
+from flwr_moe.arrays import record_of
 from flwr_moe.experts import AffinitySum, ExpertLayout, GateStatistics
-from flwr_moe.strategies.ems_fl.plan import (
-    NOBODYS_BIAS,
-    ClusterReport,
-    assigned_affinity,
-    check_bounds,
-    fit_gate_rows,
-    fit_router,
-    own_experts,
-)
+from flwr_moe.messages.ems_fl import GateReport
+from flwr_moe.strategies.ems_fl.gate import NOBODYS_BIAS, fit_gate_rows, fit_router
+from flwr_moe.strategies.ems_fl.plan import assigned_affinity, check_bounds, own_experts
 from tests.experts.models import build
 from tests.strategies.devices import TinyTask
 
@@ -137,9 +132,7 @@ def reports_of(centres, per_cluster=2, size=200):
     for centre in centres:
         group = rng.integers(0, per_cluster, size)
         x = np.array(centre) + rng.normal(0, 0.2, (size, 2)) + (group[:, None] - 0.5)
-        reports.append(
-            ClusterReport(affinity([0.5, 0.5]), GateStatistics.of(x, group, per_cluster))
-        )
+        reports.append(GateReport(affinity([0.5, 0.5]), GateStatistics.of(x, group, per_cluster)))
         samples.append(x)
     return reports, samples
 
@@ -179,7 +172,7 @@ def test_router_by_cluster():
 
 
 def test_without_statistics():
-    silent = ClusterReport(affinity([0.5, 0.5]), None)
+    silent = GateReport(affinity([0.5, 0.5]), None)
     assert fit_router([silent], 0.01) is None
     with pytest.raises(ValueError, match="no gate statistics"):
         fit_gate_rows([silent], [{0: [0]}], 1, 0.01, 0)
@@ -194,7 +187,8 @@ def test_reports_add_up():
         {"affinity": np.array([[6.0, 4.0]], np.float32), "decisions": np.array([10])},
         {"affinity": np.array([[1.0, 4.0]], np.float32), "decisions": np.array([5])},
     ]
-    both = ClusterReport.of(told[0], layout) + ClusterReport.of(told[1], layout)
+    one, other = (GateReport.from_record(record_of(arrays), layout) for arrays in told)
+    both = one + other
     assert both.affinity.sum_LE.tolist() == [[7.0, 8.0]]
     assert both.affinity.mean[0] == pytest.approx([7 / 15, 8 / 15])
     assert both.statistics is None
@@ -216,4 +210,4 @@ def test_reports_add_up():
 )
 def test_bad_reports(arrays, text):
     with pytest.raises(ValueError, match=text):
-        ClusterReport.of(arrays, layout_of(2))
+        GateReport.from_record(record_of(arrays), layout_of(2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from flwr_moe.arrays import record_of, tensors_of
-from flwr_moe.client_apps.ems_fl.training import TRAINED_SHARED, experts_in, remember_shared
+from flwr_moe.client_apps.ems_fl.training import remember_shared
 from flwr_moe.client_apps.node import ClientAppCallable, Mod
 from flwr_moe.experts import ExpertLayout, restricted_gate
 from flwr_moe.experts.families import family_named
+from flwr_moe.experts.layout import part_name
 from flwr_moe.experts.moe_layer import MoELayer
+from flwr_moe.messages.base import config_of
+from flwr_moe.messages.ems_fl import EXPERTS, SHARED, TRAINED_SHARED, ExpertOrder, Experts
 from flwr_moe.training.precision import as_sent
 
 CLOSED_GATE = -1e9
@@ -66,15 +69,15 @@ def expert_mod(layout: ExpertLayout, arrayrecord_key: str = "arrays") -> Mod:
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         train = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
-        if not train or "experts" not in message.content.array_records:
+        if not train or EXPERTS not in message.content.array_records:
             return call_next(message, context)
-        config = next(iter(message.content.config_records.values()))
-        experts = experts_in(config)
         sent = message.content
+        order = ExpertOrder.from_record(config_of(sent))
+        experts = order.experts
         shared = remember_shared(message, context)
-        part = tensors_of(sent.array_records["experts"])
+        part = tensors_of(sent.array_records[EXPERTS])
         full = fill_state(layout, shared, part, experts)
-        kept = {k: v for k, v in sent.items() if k not in ("experts", "shared")}
+        kept = {k: v for k, v in sent.items() if k not in (EXPERTS, SHARED)}
         message.content = RecordDict({arrayrecord_key: record_of(full), **kept})
         with restricted_models(layout, experts) as restricted:
             reply = call_next(message, context)
@@ -90,8 +93,8 @@ def expert_mod(layout: ExpertLayout, arrayrecord_key: str = "arrays") -> Mod:
                 "one whose gates can be restricted to the node's own experts"
             )
         trimmed = {k: v for k, v in reply.content.items() if k != arrayrecord_key}
-        trimmed["experts"] = record_of(own)
-        if config.get("train-shared", False):
+        trimmed[EXPERTS] = record_of(own)
+        if order.train_shared:
             gates = {key for keys in layout.gate_rows for key in keys}
             trained = {k: v for k, v in layout.shared(state).items() if k not in gates}
             trimmed[TRAINED_SHARED] = record_of(as_sent(trained, shared))
@@ -102,9 +105,7 @@ def expert_mod(layout: ExpertLayout, arrayrecord_key: str = "arrays") -> Mod:
 
 
 @contextmanager
-def restricted_models(
-    layout: ExpertLayout, experts: Mapping[int, list[int]]
-) -> Iterator[list[nn.Module]]:
+def restricted_models(layout: ExpertLayout, experts: Experts) -> Iterator[list[nn.Module]]:
     """Within this context, models of a layout that run in this thread use some experts only.
 
     Parameters
@@ -156,7 +157,7 @@ def fill_state(
     layout: ExpertLayout,
     shared: dict[str, Tensor],
     part: dict[str, Tensor],
-    experts: dict[int, list[int]],
+    experts: Experts,
 ) -> dict[str, Tensor]:
     """Make a full state from the shared part and some experts.
 
@@ -180,7 +181,7 @@ def fill_state(
     """
     state = dict(shared)
     for i, layer in enumerate(layout.moe_layers):
-        example = {name: part[f"layer.{i}.expert.{experts[i][0]}.{name}"] for name in layer.parts}
+        example = {name: part[part_name(i, experts[i][0], name)] for name in layer.parts}
         for name, tensor in example.items():
             for e in range(1 if layer.fused else layer.num_experts):
                 shape = (layer.num_experts, *tensor.shape) if layer.fused else tensor.shape

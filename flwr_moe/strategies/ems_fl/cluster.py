@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from flwr_moe.arrays import arrays_of, weighted_mean
+from flwr_moe.arrays import Arrays, arrays_of, weighted_mean
 from flwr_moe.experts import ExpertLayout
+from flwr_moe.messages.base import metrics_of
+from flwr_moe.messages.ems_fl import GATE, Experts, GateReport
 from flwr_moe.network import NodeProfile
-from flwr_moe.strategies.ems_fl.plan import ClusterReport, Experts, own_experts
 
 MOST_FAILURES = 3
 """Rounds in a row without a usable reply after which a cluster is no longer sent to."""
@@ -30,7 +31,7 @@ class Cluster:
         Its ground site.
     nodes : list of NodeProfile
         Its devices, by partition id.
-    report : ClusterReport or None
+    report : GateReport or None
         What its devices told about their data; None before their first contact.
     experts : dict
         Experts by layer that it owns; empty before they are assigned.
@@ -47,7 +48,7 @@ class Cluster:
 
     site: int
     nodes: list[NodeProfile]
-    report: ClusterReport | None = None
+    report: GateReport | None = None
     experts: Experts = field(default_factory=dict)
     pending: set[str] = field(default_factory=set)
     replies: list[tuple[int, RecordDict]] = field(default_factory=list)
@@ -55,6 +56,11 @@ class Cluster:
     version: int = 0
     failures: int = 0
     uploads_s: list[float] = field(default_factory=list)
+
+    @property
+    def left_out(self) -> bool:
+        """Whether it has failed too often to be sent to."""
+        return self.failures >= MOST_FAILURES
 
     def begin(self, message_ids: Iterable[str], version: int) -> None:
         """Start a round that waits for ``message_ids``."""
@@ -78,15 +84,17 @@ class Cluster:
             If the devices' reports do not fit each other.
         """
         reports = [
-            ClusterReport.of(arrays_of(content.array_records["gate"]), layout)
+            GateReport.from_record(content.array_records[GATE], layout)
             for _, content in self.replies
         ]
         self.report = sum(reports[1:], start=reports[0])
 
-    def average(self, record_key: str, weighted_by_key: str) -> dict[str, NDArray[Any]]:
-        """Mean of the replies' arrays, weighted by their examples."""
+    def average(
+        self, record_key: str, weighted_by_key: str, like: Arrays
+    ) -> dict[str, NDArray[Any]]:
+        """Mean of the replies' arrays, weighted by their examples, in the dtypes of ``like``."""
         states = [arrays_of(content.array_records[record_key]) for _, content in self.replies]
-        return weighted_mean(states, self._metric(weighted_by_key))
+        return weighted_mean(states, self._metric(weighted_by_key), like)
 
     def metrics(self, weighted_by_key: str) -> MetricRecord:
         """Return the cluster's number and, where all replies tell it, the mean training loss."""
@@ -100,7 +108,7 @@ class Cluster:
     def _metric(self, key: str) -> list[float]:
         values = []
         for _, content in self.replies:
-            value = next(iter(content.metric_records.values())).get(key)
+            value = metrics_of(content).get(key)
             values.append(float(value) if isinstance(value, int | float) else math.nan)
         return values
 
@@ -110,56 +118,3 @@ def gather_clusters(profiles: Iterable[NodeProfile]) -> list[Cluster]:
     devices = [profile for profile in profiles if profile.role == "device"]
     sites = sorted({device.site for device in devices})
     return [Cluster(site, [d for d in devices if d.site == site]) for site in sites]
-
-
-def share_out(
-    clusters: Sequence[Cluster],
-    layout: ExpertLayout,
-    lower: int,
-    upper: int,
-    method: str,
-    seed: int,
-    *,
-    hard_bound: bool,
-    wait_for_all: bool,
-) -> list[Cluster]:
-    """Give experts to the clusters that have reported and own none.
-
-    Parameters
-    ----------
-    clusters : sequence of Cluster
-        All of them, those that are left out too.
-    layout : ExpertLayout
-        Tells the experts of each layer.
-    lower, upper, method, seed : int, int, str, int
-        As in :func:`~flwr_moe.strategies.ems_fl.plan.own_experts`.
-    hard_bound : bool
-        Nobody takes more than ``upper``, even where a cluster is left out: what it should have
-        taken stays as it is. Otherwise the others take it.
-    wait_for_all : bool
-        Nobody gets any before all have reported, but for those left out.
-
-    Returns
-    -------
-    list of Cluster
-        Those that have experts now and had none.
-    """
-    alive = [c for c in clusters if c.experts or c.failures < MOST_FAILURES]
-    if wait_for_all and any(c.report is None for c in alive):
-        return []
-    taking_part = clusters if hard_bound else alive
-    plan = own_experts(
-        [c.report.affinity if c.report else None for c in taking_part],
-        [c.experts for c in taking_part],
-        layout,
-        lower,
-        upper,
-        method,
-        seed,
-    )
-    new = []
-    for cluster, experts in zip(taking_part, plan, strict=True):
-        if cluster.report is not None and not cluster.experts:
-            cluster.experts = experts
-            new.append(cluster)
-    return new

@@ -1,4 +1,7 @@
-"""When EMS-FL fits its gate, and what becomes of it."""
+"""How EMS-FL fits its gate from what clusters report, when, and what becomes of it.
+
+Dimension suffixes: E experts, G groups, F features.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flwr_moe.experts import ExpertLayout, GateStatistics, RandomFeatures, Router
+from flwr_moe.experts import (
+    Discriminants,
+    ExpertLayout,
+    GateStatistics,
+    RandomFeatures,
+    Router,
+    fit_discriminants,
+    split_among_experts,
+)
 from flwr_moe.experts.families import family_named, softmax
+from flwr_moe.messages.ems_fl import Experts, GateReport
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.strategies.ems_fl.cluster import MOST_FAILURES, Cluster
-from flwr_moe.strategies.ems_fl.plan import fit_gate_rows, fit_router
+from flwr_moe.strategies.ems_fl.cluster import Cluster
+
+NOBODYS_BIAS = -30_000.0
+"""Gate bias of an expert without an owner: no probability, and finite in half precision too."""
 
 LEAST_EXPLAINED = 0.9
 """Share of a constant that the features have to explain, for a gate without bias to be fitted."""
@@ -75,6 +89,15 @@ class GateFitter:
         self.fitted_on: list[Cluster] = []
         self._tried_on: list[Cluster] = []
 
+    @property
+    def num_features(self) -> int | None:
+        """Features that devices tell statistics of; None if none are asked for."""
+        if self.gate == "plain":
+            return None
+        if self.features is not None:
+            return self.features.num_features
+        return self.layout.shared_specs[f"{self.layout.moe_layers[0].gate}.weight"].shape[-1]
+
     def fit(
         self, clusters: Sequence[Cluster], state: Mapping[str, NDArray[Any]], now_s: float
     ) -> dict[str, NDArray[Any]] | None:
@@ -95,7 +118,7 @@ class GateFitter:
             Tensors of the model that the fit replaces; None if nothing was fitted.
         """
         known = [c for c in clusters if c.experts]
-        silent = [c for c in clusters if not c.experts and c.failures < MOST_FAILURES]
+        silent = [c for c in clusters if not c.experts and not c.left_out]
         if self.gate == "plain" or not known or known == self._tried_on:
             return None
         if silent and now_s < self.patience_s:
@@ -130,6 +153,51 @@ class GateFitter:
             bias_E[owners] -= bias_E[owners].mean()
             rows = {f"{gate}.weight": weight_EF + bias_E[:, None] * one_F}
         return {key: fit.astype(state[key].dtype) for key, fit in rows.items()}
+
+
+def fit_router(reports: Sequence[GateReport], ridge: float) -> Discriminants | None:
+    """Fit discriminants that tell the clusters apart; None without statistics."""
+    statistics = [r.statistics for r in reports if r.statistics is not None]
+    if len(statistics) < len(reports):
+        return None
+    return fit_discriminants(statistics, ridge)
+
+
+def fit_gate_rows(
+    reports: Sequence[GateReport],
+    owned: Sequence[Experts],
+    num_experts: int,
+    ridge: float,
+    seed: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Rows of the first layer's gate: one linear discriminant per expert.
+
+    Each cluster's groups are shared out among its experts, ``w_e = S^-1 mu_e`` and
+    ``b_e = -mu_e^T S^-1 mu_e / 2`` (DESIGN, gate fitting; ours). An expert that nobody owns yet
+    gets no probability: its row is zero and its bias ``NOBODYS_BIAS``.
+
+    Returns
+    -------
+    weight_EF, bias_E : ndarray
+        For all ``num_experts`` experts of the layer.
+
+    Raises
+    ------
+    ValueError
+        If a cluster sent no statistics, or they do not tell its experts apart.
+    """
+    parts, numbers = [], []
+    for report, experts in zip(reports, owned, strict=True):
+        if report.statistics is None:
+            raise ValueError("a cluster sent no gate statistics, which a linear gate is fitted to")
+        parts += split_among_experts(report.statistics, len(experts[0]), seed)
+        numbers += experts[0]
+    fitted = fit_discriminants(parts, ridge, priors=False)
+    weight_EF = np.zeros((num_experts, fitted.weight_FC.shape[0]), np.float32)
+    bias_E = np.full(num_experts, NOBODYS_BIAS, np.float32)
+    weight_EF[numbers] = fitted.weight_FC.T
+    bias_E[numbers] = fitted.bias_C
+    return weight_EF, bias_E
 
 
 def constant_of_features(statistics: Sequence[GateStatistics], ridge: float) -> NDArray[np.float64]:

@@ -1,72 +1,72 @@
-"""Who owns which expert and how inputs are routed: EMS-FL's decisions as pure functions.
+"""Who owns which expert: EMS-FL's assignment.
 
-Dimension suffixes: K clusters, L layers, E experts, G groups, F features.
+Dimension suffixes: K clusters, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flwr_moe.experts import (
-    AffinitySum,
-    Discriminants,
-    ExpertLayout,
-    GateStatistics,
-    assign_experts,
-    fit_discriminants,
-    split_among_experts,
-)
-
-Experts = dict[int, list[int]]
-
-NOBODYS_BIAS = -30_000.0
-"""Gate bias of an expert without an owner: no probability, and finite in half precision too."""
+from flwr_moe.experts import AffinitySum, ExpertLayout, assign_experts
+from flwr_moe.messages.ems_fl import Experts
+from flwr_moe.strategies.ems_fl.cluster import Cluster
 
 
 @dataclass(frozen=True)
-class ClusterReport:
-    """What the devices of one cluster told about their data, added up.
+class Assignment:
+    """The rule by which clusters get their experts.
 
     Attributes
     ----------
-    affinity : AffinitySum
-        Gate probabilities of the warm-start gate.
-    statistics : GateStatistics or None
-        Feature statistics; None for the plain gate.
+    layout : ExpertLayout
+        Tells the experts of each layer.
+    lower, upper, method, seed : int, int, str, int
+        As in :func:`own_experts`.
+    hard_bound : bool
+        Nobody takes more than ``upper``, even where a cluster is left out: what it should have
+        taken stays as it is. Otherwise the others take it.
+    wait_for_all : bool
+        Nobody gets any before all have reported, but for those left out.
     """
 
-    affinity: AffinitySum
-    statistics: GateStatistics | None
+    layout: ExpertLayout
+    lower: int
+    upper: int
+    method: str
+    seed: int
+    hard_bound: bool
+    wait_for_all: bool
 
-    @classmethod
-    def of(cls, arrays: Mapping[str, NDArray[Any]], layout: ExpertLayout) -> ClusterReport:
-        """Read one device's reply.
+    def share_out(self, clusters: Sequence[Cluster]) -> list[Cluster]:
+        """Give experts to the clusters that have reported and own none; those that now have some.
 
-        Raises
-        ------
-        ValueError
-            If an array is missing or has the wrong shape.
+        Parameters
+        ----------
+        clusters : sequence of Cluster
+            All of them, those that are left out too.
         """
-        shape = (layout.num_layers, max(layout.layers))
-        affinity, decisions = arrays.get("affinity"), arrays.get("decisions")
-        if affinity is None or decisions is None or affinity.shape != shape:
-            raise ValueError(f"gate report lacks an affinity of shape {shape}")
-        if decisions.shape != shape[:1] or (decisions < 1).any():
-            raise ValueError("gate report of no data")
-        statistics = GateStatistics.unpack(dict(arrays)) if "mean" in arrays else None
-        return cls(AffinitySum(affinity.astype(np.float64), decisions.astype(np.int64)), statistics)
-
-    def __add__(self, other: ClusterReport) -> ClusterReport:
-        """Report of both devices' data together."""
-        statistics = self.statistics
-        if statistics is not None and other.statistics is not None:
-            statistics = statistics + other.statistics
-        return ClusterReport(self.affinity + other.affinity, statistics)
+        alive = [c for c in clusters if c.experts or not c.left_out]
+        if self.wait_for_all and any(c.report is None for c in alive):
+            return []
+        taking_part = clusters if self.hard_bound else alive
+        plan = own_experts(
+            [c.report.affinity if c.report else None for c in taking_part],
+            [c.experts for c in taking_part],
+            self.layout,
+            self.lower,
+            self.upper,
+            self.method,
+            self.seed,
+        )
+        new = []
+        for cluster, experts in zip(taking_part, plan, strict=True):
+            if cluster.report is not None and not cluster.experts:
+                cluster.experts = experts
+                new.append(cluster)
+        return new
 
 
 def check_bounds(layout: ExpertLayout, clusters: int, lower: int, upper: int) -> int:
@@ -158,48 +158,3 @@ def assigned_affinity(affinities: Sequence[AffinitySum], owned: Sequence[Experts
         for i, ids in experts.items()
     ]
     return float(np.mean(shares))
-
-
-def fit_router(reports: Sequence[ClusterReport], ridge: float) -> Discriminants | None:
-    """Fit discriminants that tell the clusters apart; None without statistics."""
-    statistics = [r.statistics for r in reports if r.statistics is not None]
-    if len(statistics) < len(reports):
-        return None
-    return fit_discriminants(statistics, ridge)
-
-
-def fit_gate_rows(
-    reports: Sequence[ClusterReport],
-    owned: Sequence[Experts],
-    num_experts: int,
-    ridge: float,
-    seed: int,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Rows of the first layer's gate: one linear discriminant per expert.
-
-    Each cluster's groups are shared out among its experts, ``w_e = S^-1 mu_e`` and
-    ``b_e = -mu_e^T S^-1 mu_e / 2`` (DESIGN, gate fitting; ours). An expert that nobody owns yet
-    gets no probability: its row is zero and its bias ``NOBODYS_BIAS``.
-
-    Returns
-    -------
-    weight_EF, bias_E : ndarray
-        For all ``num_experts`` experts of the layer.
-
-    Raises
-    ------
-    ValueError
-        If a cluster sent no statistics, or they do not tell its experts apart.
-    """
-    parts, numbers = [], []
-    for report, experts in zip(reports, owned, strict=True):
-        if report.statistics is None:
-            raise ValueError("a cluster sent no gate statistics, which a linear gate is fitted to")
-        parts += split_among_experts(report.statistics, len(experts[0]), seed)
-        numbers += experts[0]
-    fitted = fit_discriminants(parts, ridge, priors=False)
-    weight_EF = np.zeros((num_experts, fitted.weight_FC.shape[0]), np.float32)
-    bias_E = np.full(num_experts, NOBODYS_BIAS, np.float32)
-    weight_EF[numbers] = fitted.weight_FC.T
-    bias_E[numbers] = fitted.bias_C
-    return weight_EF, bias_E

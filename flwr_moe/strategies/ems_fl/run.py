@@ -1,205 +1,284 @@
-"""One run of EMS-FL: the model, who owns what, and what happens when replies come."""
+"""One run of EMS-FL: the model, the clusters, and the messages between them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from logging import INFO, WARNING
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
-from flwr.serverapp.strategy import Result
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from flwr_moe.arrays import mix, record_of, staleness_weight
-from flwr_moe.client_apps.ems_fl.training import TRAINED_SHARED
-from flwr_moe.network import HorizonReached
+from flwr_moe.arrays import mix, record_of, unlike
+from flwr_moe.experts import ExpertLayout
+from flwr_moe.experts.layout import part_name
+from flwr_moe.messages.base import Figures, metrics_of, read_value
+from flwr_moe.messages.ems_fl import (
+    EXPERTS,
+    GATE,
+    GATE_STATISTICS,
+    SHARED,
+    TRAIN_EXPERTS,
+    TRAINED_SHARED,
+    ExpertOrder,
+    GateQuestion,
+    GateReport,
+)
+from flwr_moe.network import MESSAGE_TTL_S
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.strategies.ems_fl.cluster import MOST_FAILURES, Cluster, share_out
+from flwr_moe.strategies.ems_fl.cluster import Cluster
 from flwr_moe.strategies.ems_fl.gate import GateFitter
-from flwr_moe.strategies.ems_fl.orders import OrderBook
-from flwr_moe.strategies.ems_fl.plan import check_bounds
-from flwr_moe.strategies.ems_fl.rounds import finished_rounds, send_round
+from flwr_moe.strategies.ems_fl.plan import Assignment
 from flwr_moe.strategies.events import EventLoop
-
-if TYPE_CHECKING:
-    from flwr_moe.strategies.ems_fl.strategy import EMSFL
-
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 @dataclass
-class Schedule:
-    """What a run is asked to do.
+class EMSRun:
+    """What the server knows in one run.
 
     Attributes
     ----------
     loop : EventLoop
         Sends and waits.
+    layout : ExpertLayout
+        Of the model.
+    clusters : list of Cluster
+        All device clusters.
+    state : dict
+        The model as it is now.
+    assignment : Assignment
+        Who gets which experts.
+    gate : GateFitter
+        Fits the gate, and tells what devices have to report for it.
+    shared_weight : callable or None
+        Weight in the model of shared layers that started from a model so many versions old; None
+        if they are not trained.
+    train_config : ConfigRecord
+        How devices train.
     num_rounds : int
         Uploads of each cluster.
-    config : ConfigRecord
-        How devices train.
-    evaluate_fn : callable or None
-        Judges the assembled model.
-    result : Result
-        Where metrics go.
+    straggler_s : float
+        How long a round waits for other devices after its first reply.
+    configrecord_key, weighted_by_key : str
+        Where the order stands in a message, and the examples in a reply's metrics.
+    version : int
+        Uploads put in place so far.
     """
 
     loop: EventLoop
+    layout: ExpertLayout
+    clusters: list[Cluster]
+    state: dict[str, NDArray[Any]]
+    assignment: Assignment
+    gate: GateFitter
+    shared_weight: Callable[[int], float] | None
+    train_config: ConfigRecord
     num_rounds: int
-    config: ConfigRecord
-    evaluate_fn: EvaluateFn | None
-    result: Result
+    straggler_s: float
+    configrecord_key: str
+    weighted_by_key: str
+    version: int = 0
+    # By node id, the very arrays that were sent: what has been replaced since is another object.
+    _told: dict[int, dict[str, NDArray[Any]]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        gates = [key for keys in self.layout.gate_rows for key in keys]
+        # Reports are about the gates as they started, so that they can be compared.
+        self._first_gates = {key: self.state[key] for key in gates}
+        specs = self.layout.shared_specs
+        self._trained_shared = {key: spec for key, spec in specs.items() if key not in gates}
 
-class EMSRun:
-    """The model and the clusters of one run.
+    # --- messages --------------------------------------------------------------
 
-    Parameters
-    ----------
-    ems : EMSFL
-        The settings.
-    state : dict
-        The model to start from.
-    clusters : list of Cluster
-        All device clusters.
-
-    Attributes
-    ----------
-    version : int
-        Uploads put in place so far.
-    orders : OrderBook
-        Writes messages and checks replies.
-    fitter : GateFitter
-        Fits the gate.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer experts than clusters or bounds no assignment can meet.
-    """
-
-    def __init__(self, ems: EMSFL, state: dict[str, NDArray[Any]], clusters: list[Cluster]) -> None:
-        self.ems = ems
-        self.state = state
-        self.clusters = clusters
-        self.version = 0
-        layout = ems.layout
-        self._upper = check_bounds(layout, len(clusters), ems.min_experts, ems.max_experts)
-        self._staleness = staleness_weight(ems.staleness)
-        self.orders = OrderBook(
-            layout,
-            ems.gate,
-            ems.features,
-            ems.train_shared,
-            ems.configrecord_key,
-            ems.weighted_by_key,
-            first_gates={key: state[key] for keys in layout.gate_rows for key in keys},
-        )
-        self.fitter = GateFitter(
-            layout, ems.gate, ems.features, ems.ridge, ems.report_patience_s, ems.seed
-        )
-
-    def go(self, schedule: Schedule) -> None:
-        """Run until nothing is left to do, or the time is over."""
-        self._evaluate(schedule)
-        try:
-            while self._send_idle(schedule):
-                loop = schedule.loop
-                for cluster in finished_rounds(
-                    loop, self.clusters, self.orders, self.ems.straggler_s
-                ):
-                    changed = self._digest(cluster, schedule)
-                    if self._fit_gate(loop.now) or changed:
-                        self._evaluate(schedule)
-        except HorizonReached:
-            log(INFO, "EMSFL: the time is over")
-
-    def put_in_place(self, cluster: Cluster) -> None:
-        """Average a cluster's experts over its devices and put them into the model."""
-        experts = cluster.average("experts", self.ems.weighted_by_key)
-        self.state = self.ems.layout.put(self.state, experts)
-        if self.ems.train_shared:
-            shared = cluster.average(TRAINED_SHARED, self.ems.weighted_by_key)
-            share = self.ems.alpha * self._staleness(self.version - cluster.version)
-            self.state.update(mix({key: self.state[key] for key in shared}, shared, share))
-        self.version += 1
-        cluster.replies = []
-
-    def _evaluate(self, schedule: Schedule) -> None:
-        if schedule.evaluate_fn is not None:
-            metrics = schedule.evaluate_fn(self.version, record_of(self.state))
-            if metrics is not None:
-                schedule.result.evaluate_metrics_serverapp[self.version] = metrics
-
-    def _send_idle(self, schedule: Schedule) -> bool:
+    def send_orders(self) -> bool:
         """Send every idle cluster its next order; false if nothing is under way after that."""
-        while idle := [c for c in self.clusters if self._may_go_on(c, schedule.num_rounds)]:
+        while idle := [cluster for cluster in self.clusters if self._may_go_on(cluster)]:
             for cluster in idle:
-                if not send_round(
-                    schedule.loop, cluster, self.orders, self.state, self.version, schedule.config
-                ):
+                ids = self.loop.send(self.orders_for(cluster, self.train_config))
+                for node, message_id in zip(cluster.nodes, ids, strict=True):
+                    if message_id is None:
+                        self._forget(node.node_id)
+                cluster.begin([message_id for message_id in ids if message_id], self.version)
+                if not cluster.pending:
                     self._fail(cluster)
         return any(cluster.pending for cluster in self.clusters)
 
-    def _may_go_on(self, cluster: Cluster, num_rounds: int) -> bool:
+    def _may_go_on(self, cluster: Cluster) -> bool:
         """Whether an idle cluster has something to do."""
-        if cluster.pending or cluster.failures >= MOST_FAILURES:
+        if cluster.pending or cluster.left_out:
             return False
         waits_for_others = cluster.report is not None and not cluster.experts
-        return not waits_for_others and len(cluster.uploads_s) < num_rounds
+        return not waits_for_others and len(cluster.uploads_s) < self.num_rounds
 
-    def _digest(self, cluster: Cluster, schedule: Schedule) -> bool:
-        """Make use of a finished round; true if the model has changed."""
-        asked = cluster.report is None
-        if asked and cluster.replies:
-            try:
-                cluster.read_report(self.ems.layout)
-            except ValueError as error:
-                log(WARNING, "gate report of cluster %d: %s", cluster.site, error)
-        if not cluster.replies or cluster.report is None:
+    def orders_for(self, cluster: Cluster, config: ConfigRecord) -> list[Message]:
+        """Write a cluster's next order: first the question about its data, then training."""
+        asks, experts, state = cluster.report is None, cluster.experts, self.state
+        extra = dict(config)
+        if asks:
+            # One expert, so that a deep model's later gates see something like their input.
+            experts = {i: [0] for i in range(self.layout.num_layers)}
+            state = {**state, **self._first_gates}
+            # Nothing is trained yet: the network must not reserve time for it.
+            extra.pop("local-steps", None)
+        common = {
+            "experts": experts,
+            "gate": self.gate.gate,
+            "server_round": self.version,
+            "train_shared": self.shared_weight is not None,
+            "extra": extra,
+        }
+        features = self.gate.features
+        if not asks:
+            kind, order = TRAIN_EXPERTS, ExpertOrder(**common)
+        elif features is None:
+            kind, order = GATE_STATISTICS, GateQuestion(**common)
+        else:
+            kind = GATE_STATISTICS
+            order = GateQuestion(
+                **common,
+                feature_seed=features.seed,
+                num_features=features.num_features,
+                gamma=features.gamma,
+            )
+        part = record_of(self.layout.take(state, experts))
+        shared = self.layout.shared(state)
+        messages = []
+        for node in cluster.nodes:
+            content = RecordDict({EXPERTS: part, self.configrecord_key: order.to_record()})
+            told = self._told.setdefault(node.node_id, {})
+            fresh = {key: value for key, value in shared.items() if told.get(key) is not value}
+            if fresh:
+                told.update(fresh)
+                content[SHARED] = record_of(fresh)
+            messages.append(Message(content, node.node_id, kind, ttl=MESSAGE_TTL_S))
+        return messages
+
+    def finished_rounds(self) -> list[Cluster]:
+        """Wait for replies or a deadline; the clusters whose round is complete or out of time.
+
+        A cluster's time ends ``straggler_s`` after its first usable reply, whether anything
+        happens then or not.
+        """
+        loop, active = self.loop, [cluster for cluster in self.clusters if cluster.pending]
+        waiting = {message_id: cluster for cluster in active for message_id in cluster.pending}
+        deadline_s = min((c.first_reply_s + self.straggler_s for c in active), default=math.inf)
+        replies = loop.next_replies(sorted(waiting), deadline_s)
+        over = not replies and loop.now < deadline_s
+        for reply in replies:
+            message_id = reply.metadata.reply_to_message_id
+            cluster, node_id = waiting[message_id], loop.node_of(message_id)
+            cluster.pending.discard(message_id)
+            content = loop.content_of(reply, lambda came, c=cluster: self.why_unusable(c, came))
+            if content is None:
+                # Whatever went wrong, next time this node gets everything anew.
+                self._forget(node_id)
+            else:
+                cluster.take(reply, content, loop.now)
+        for cluster in active:
+            if over or loop.now >= cluster.first_reply_s + self.straggler_s:
+                for message_id in cluster.pending:
+                    self._forget(loop.node_of(message_id))
+                loop.give_up(cluster.pending)
+                cluster.pending = set()
+        return [cluster for cluster in active if not cluster.pending]
+
+    def _forget(self, node_id: int) -> None:
+        """Take nothing for granted: the next order brings the node the whole shared part."""
+        self._told.pop(node_id, None)
+
+    def why_unusable(self, cluster: Cluster, content: RecordDict) -> str | None:
+        """Say what is wrong with a device's answer of its cluster's present round, or nothing."""
+        try:
+            if cluster.report is None:
+                return self._bad_report(content)
+            return self._bad_update(cluster, content)
+        except ValueError as error:
+            return str(error)
+
+    def _bad_report(self, content: RecordDict) -> str | None:
+        if GATE not in content.array_records:
+            return f"the reply has no record '{GATE}'"
+        statistics = GateReport.from_record(content.array_records[GATE], self.layout).statistics
+        expected = self.gate.num_features
+        if expected is None:
+            return None
+        if statistics is None:
+            return f"gate report lacks statistics, which a {self.gate.gate} gate is fitted to"
+        if statistics.mean_GF.shape[1] != expected:
+            return f"statistics of {statistics.mean_GF.shape[1]} features, expected {expected}"
+        return None
+
+    def _bad_update(self, cluster: Cluster, content: RecordDict) -> str | None:
+        metrics = metrics_of(content)
+        read_value(metrics, self.weighted_by_key, float, place=Figures.place, above=0)
+        own = {
+            part_name(i, e, name): spec
+            for i, ids in cluster.experts.items()
+            for e in ids
+            for name, spec in self.layout.moe_layers[i].parts.items()
+        }
+        records = content.array_records
+        reason = unlike(records.get(EXPERTS), own, EXPERTS)
+        if reason is None and self.shared_weight is not None:
+            reason = unlike(records.get(TRAINED_SHARED), self._trained_shared, TRAINED_SHARED)
+        return reason
+
+    # --- what becomes of the answers -------------------------------------------
+
+    def learn_about(self, cluster: Cluster) -> None:
+        """Add up what a cluster's devices told about their data, and share out experts."""
+        try:
+            if cluster.replies:
+                cluster.read_report(self.layout)
+        except ValueError as error:
+            log(WARNING, "gate report of cluster %d: %s", cluster.site, error)
+        if cluster.report is None:
             self._fail(cluster)
-            return False
-        cluster.failures = 0
-        if asked:
-            cluster.replies = []
-            self._assign()
-            return False
-        metrics = cluster.metrics(self.ems.weighted_by_key)
-        schedule.result.train_metrics_clientapp[self.version + 1] = metrics
-        self.put_in_place(cluster)
-        cluster.uploads_s.append(schedule.loop.now)
-        return True
+            return
+        cluster.failures, cluster.replies = 0, []
+        self._assign()
+
+    def put_in_place(self, cluster: Cluster) -> MetricRecord | None:
+        """Average a cluster's experts over its devices and put them into the model.
+
+        Returns
+        -------
+        MetricRecord or None
+            The cluster's number and training loss; None if no usable reply has come.
+        """
+        if not cluster.replies:
+            self._fail(cluster)
+            return None
+        metrics = cluster.metrics(self.weighted_by_key)
+        old, weighted_by = self.state, self.weighted_by_key
+        like = self.layout.take(old, cluster.experts)
+        self.state = self.layout.put(old, cluster.average(EXPERTS, weighted_by, like))
+        if self.shared_weight is not None:
+            shared = cluster.average(TRAINED_SHARED, weighted_by, old)
+            weight = self.shared_weight(self.version - cluster.version)
+            self.state.update(mix({key: self.state[key] for key in shared}, shared, weight))
+        self.version += 1
+        cluster.failures, cluster.replies = 0, []
+        cluster.uploads_s.append(self.loop.now)
+        return metrics
+
+    def fit_gate(self) -> bool:
+        """Fit the gate if it is time to; true if it was."""
+        replaced: Mapping[str, NDArray[Any]] | None
+        replaced = self.gate.fit(self.clusters, self.state, self.loop.now)
+        self.state.update(replaced or {})
+        return replaced is not None
 
     def _fail(self, cluster: Cluster) -> None:
         """Count a round that came to nothing."""
         cluster.failures += 1
-        if cluster.failures == MOST_FAILURES:
+        if cluster.left_out:
             log(WARNING, "cluster %d failed too often and is left out", cluster.site)
             # Others may have been waiting for it.
             self._assign()
 
     def _assign(self) -> None:
-        """Give experts to the clusters that have reported and own none."""
-        ems = self.ems
-        owners = share_out(
-            self.clusters,
-            ems.layout,
-            ems.min_experts,
-            self._upper,
-            ems.assignment,
-            ems.seed,
-            hard_bound=ems.max_experts > 0,
-            wait_for_all=ems.wait_for_all,
-        )
-        for cluster in owners:
+        for cluster in self.assignment.share_out(self.clusters):
             log(INFO, "cluster %d owns experts %s", cluster.site, cluster.experts)
-
-    def _fit_gate(self, now_s: float) -> bool:
-        """Fit the gate if it is time to; true if it was."""
-        replaced = self.fitter.fit(self.clusters, self.state, now_s)
-        if replaced is None:
-            return False
-        self.state.update(replaced)
-        return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from logging import INFO, WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -11,12 +11,16 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from flwr_moe.arrays import arrays_of, record_of, staleness_weight
 from flwr_moe.experts import ExpertLayout, RandomFeatures, Router
+from flwr_moe.messages.ems_fl import GATES
+from flwr_moe.network import HorizonReached
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.strategies.ems_fl.cluster import Cluster, gather_clusters
-from flwr_moe.strategies.ems_fl.run import EMSRun, EvaluateFn, Schedule
+from flwr_moe.strategies.ems_fl.gate import GateFitter
+from flwr_moe.strategies.ems_fl.plan import Assignment, check_bounds
+from flwr_moe.strategies.ems_fl.run import EMSRun
 from flwr_moe.strategies.events import EventLoop
 
-GATES = ("plain", "linear", "random-features")
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class EMSFL(Strategy):
@@ -103,7 +107,7 @@ class EMSFL(Strategy):
             raise ValueError(f"alpha is {alpha}, expected above 0 and up to 1")
         if min_experts < 1:
             raise ValueError(f"min_experts is {min_experts}, expected at least 1")
-        staleness_weight(staleness)  # raises if there is no such function
+        self._staleness = staleness_weight(staleness)
         self.layout = layout
         self.gate = gate
         self.assignment = assignment
@@ -111,7 +115,6 @@ class EMSFL(Strategy):
         self.max_experts = max_experts
         self.train_shared = train_shared
         self.alpha = alpha
-        self.staleness = staleness
         self.ridge = ridge
         self.wait_for_all = wait_for_all
         self.straggler_s = straggler_s
@@ -141,13 +144,13 @@ class EMSFL(Strategy):
     @property
     def router(self) -> Router | None:
         """The fitted router; None before, and with the plain or linear gate."""
-        return self._run.fitter.router if self._run else None
+        return self._run.gate.router if self._run else None
 
     @property
     def routed_clusters(self) -> list[Cluster]:
         """Clusters the fitted gate knows, in its order; empty before it is fitted."""
         if self._run is None or self.gate != "plain":
-            return self._run.fitter.fitted_on if self._run else []
+            return self._run.gate.fitted_on if self._run else []
         return [cluster for cluster in self.clusters if cluster.experts]
 
     # --- Strategy's hooks ------------------------------------------------------
@@ -165,38 +168,36 @@ class EMSFL(Strategy):
 
         For whoever runs the rounds himself after a :meth:`start`, which asks who owns what.
         """
-        if self._run is None:
+        run = self._run
+        if run is None:
             return []
-        self._run.state, version = arrays_of(arrays), self._run.version
-        messages = []
+        run.state, messages = arrays_of(arrays), []
         for cluster in self.clusters:
             if cluster.experts:
-                cluster.begin((), version)
-                messages += self._run.orders.for_cluster(cluster, self._run.state, version, config)
+                cluster.begin((), run.version)
+                messages += run.orders_for(cluster, config)
         return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Put the experts of the replying clusters in their places."""
+        run, metrics = self._run, None
         homes = {node.node_id: cluster for cluster in self.clusters for node in cluster.nodes}
-        metrics = None
         for reply in replies:
             cluster = homes.get(reply.metadata.src_node_id)
-            if self._run is None or cluster is None or reply.has_error():
+            if run is None or cluster is None or reply.has_error():
                 continue
-            reason = self._run.orders.check_for(cluster)(reply.content)
-            if reason is None:
-                cluster.take(reply, reply.content, 0.0)
-            else:
+            if reason := run.why_unusable(cluster, reply.content):
                 log(WARNING, "node %d: rejected: %s", reply.metadata.src_node_id, reason)
+            else:
+                cluster.take(reply, reply.content, run.loop.now)
         for cluster in self.clusters:
-            if self._run is not None and cluster.replies:
-                metrics = cluster.metrics(self.weighted_by_key)
-                self._run.put_in_place(cluster)
-        if self._run is None or metrics is None:
+            if run is not None and cluster.replies:
+                metrics = run.put_in_place(cluster)
+        if run is None or metrics is None:
             return None, None
-        return record_of(self._run.state), metrics
+        return record_of(run.state), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -239,9 +240,66 @@ class EMSFL(Strategy):
         self.summary()
         profiles = loop.wait_for_nodes(self.min_available_nodes)
         clusters = gather_clusters(profiles.values())
-        run = self._run = EMSRun(self, arrays_of(initial_arrays), clusters)
-        result = Result(arrays=initial_arrays)
-        run.go(Schedule(loop, num_rounds, train_config or ConfigRecord(), evaluate_fn, result))
+        config = train_config or ConfigRecord()
+        run = self._run = self._new_run(loop, clusters, initial_arrays, config, num_rounds)
+        result = Result()
+
+        def evaluate() -> None:
+            metrics = evaluate_fn(run.version, record_of(run.state)) if evaluate_fn else None
+            if metrics is not None:
+                result.evaluate_metrics_serverapp[run.version] = metrics
+
+        evaluate()
+        try:
+            while run.send_orders():
+                for cluster in run.finished_rounds():
+                    metrics = None
+                    if cluster.report is None:
+                        run.learn_about(cluster)
+                    elif metrics := run.put_in_place(cluster):
+                        result.train_metrics_clientapp[run.version] = metrics
+                    if run.fit_gate() or metrics is not None:
+                        evaluate()
+        except HorizonReached:
+            log(INFO, "EMSFL: the time is over")
         self.events = dict(loop.events)
         result.arrays = record_of(run.state)
         return result
+
+    def _new_run(
+        self,
+        loop: EventLoop,
+        clusters: list[Cluster],
+        initial_arrays: ArrayRecord,
+        train_config: ConfigRecord,
+        num_rounds: int,
+    ) -> EMSRun:
+        return EMSRun(
+            loop,
+            self.layout,
+            clusters,
+            arrays_of(initial_arrays),
+            Assignment(
+                self.layout,
+                self.min_experts,
+                check_bounds(self.layout, len(clusters), self.min_experts, self.max_experts),
+                self.assignment,
+                self.seed,
+                hard_bound=self.max_experts > 0,
+                wait_for_all=self.wait_for_all,
+            ),
+            GateFitter(
+                self.layout,
+                self.gate,
+                self.features,
+                self.ridge,
+                self.report_patience_s,
+                self.seed,
+            ),
+            (lambda age: self.alpha * self._staleness(age)) if self.train_shared else None,
+            train_config,
+            num_rounds,
+            self.straggler_s,
+            self.configrecord_key,
+            self.weighted_by_key,
+        )

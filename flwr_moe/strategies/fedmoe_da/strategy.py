@@ -14,11 +14,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
 
-from flwr_moe.arrays import Arrays, arrays_of, record_of, weighted_mean
+from flwr_moe.arrays import Arrays, arrays_of, record_of, unlike, weighted_mean
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.layout import part_name
 from flwr_moe.experts.mixing import Ingredient, mixing_plans
-from flwr_moe.messages.base import metrics_of, read_value, unlike
+from flwr_moe.messages.base import metrics_of, read_value
 from flwr_moe.messages.fedmoe_da import (
     EXPERTS,
     GATE,
@@ -227,7 +227,7 @@ class FedMoEDA(FedAvg):
         # Who failed may have lost what it had been sent: it is told everything again.
         run.informed = (run.informed - run.sent.keys()) | heard.keys()
         if shared and sum(weights) > 0:
-            run.state |= weighted_mean(shared, weights)
+            run.state |= weighted_mean(shared, weights, run.state)
         return record_of(run.state), self._mean_metrics(sorted(heard.values()))
 
     # --- inside ------------------------------------------------------------------
@@ -303,16 +303,17 @@ class FedMoEDA(FedAvg):
         config = sent.config_records[self.configrecord_key]
         if PersonalOrder.from_record(config).report_gates or self.relay:
             expected[GATE] = [key for keys in self.layout.gate_rows for key in keys]
-        shapes = {name: {k: run.state[k].shape for k in keys} for name, keys in expected.items()}
+        tensors = {name: {k: run.state[k] for k in keys} for name, keys in expected.items()}
         if self.relay:
-            shapes[EXPERTS] = {
-                part_name(layer, e, name): spec.shape
+            tensors[EXPERTS] = {
+                part_name(layer, e, name): spec
                 for layer, moe in enumerate(self.layout.moe_layers)
                 for e in range(moe.num_experts)
                 for name, spec in moe.parts.items()
             }
-        for record_key, tensors in shapes.items():
-            if tensors and (reason := unlike(content, record_key, tensors)):
+        records = content.array_records
+        for record_key, specs in tensors.items():
+            if specs and (reason := unlike(records.get(record_key), specs, record_key)):
                 return f"{reason} (is personal_mod in the ClientApp?)"
         try:
             figures = metrics_of(content)
