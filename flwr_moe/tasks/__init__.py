@@ -6,10 +6,10 @@ from flwr_moe._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from flwr_moe.tasks.ag_news import AgNews
+    from flwr_moe.tasks.base import Task
     from flwr_moe.tasks.cifar10 import Cifar10
     from flwr_moe.tasks.digits import Digits
     from flwr_moe.tasks.lm import TextFile
-    from flwr_moe.tasks.task import Task
     from flwr_moe.tasks.vgg import VGG
 
 __all__ = [

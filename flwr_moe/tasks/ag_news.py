@@ -9,25 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from flwr_moe.lora.base import own_copy
-from flwr_moe.tasks.dealt import DealtByClass, Indices
-from flwr_moe.tasks.parquet import SPLITS, split_file
+from flwr_moe.tasks.base import SPLITS, Indices, Task
+from flwr_moe.tasks.parquet import LabelledTexts, read_texts, source_of
 from flwr_moe.tasks.shares import balanced_draw, check_shares
-from flwr_moe.tasks.text_cache import FloatArray
-from flwr_moe.tasks.text_data import LabelledTexts, hub_texts, read_texts
-from flwr_moe.tasks.text_encoder import Trunk, top_of
+from flwr_moe.tasks.text_encoder import FloatArray, Trunk, top_of
 from flwr_moe.tasks.text_lora import LoraPlan, with_experts
 from flwr_moe.tasks.text_model import TextClassifier, is_token, masked_mean
 from flwr_moe.tasks.text_topics import deal_by_topic, topics_of_clusters
 from flwr_moe.training.loop import batch_size_for, train_steps
 from flwr_moe.training.samples import Samples
 
-PARTITIONS = ("domains", "iid", "dirichlet")
 NUM_PUBLIC, NUM_CLIENT_TEST, MIN_SAMPLES = 400, 200, 4
 WARM_STEPS, WARM_MOE_STEPS, WARM_LEARNING_RATE, WARM_MOE_LEARNING_RATE = 400, 30, 0.003, 0.001
 WARM_LAYERS_LEARNING_RATE = 0.0001
 
 
-class AgNews(DealtByClass):
+class AgNews(Task):
     """News in four topics, told apart by the last layers of a pretrained encoder.
 
     A sample is what the encoder's lower layers make of a text, (T, D) in half precision: that
@@ -80,6 +77,7 @@ class AgNews(DealtByClass):
     Source: Zhang, Zhao and LeCun 2015 for the data; the rest is ours.
     """
 
+    partitions = ("domains", "iid", "dirichlet")
     min_samples, num_client_test = MIN_SAMPLES, NUM_CLIENT_TEST
 
     def __init__(
@@ -100,19 +98,17 @@ class AgNews(DealtByClass):
         num_public: int = NUM_PUBLIC,
         hub: str = "",
     ) -> None:
-        super().__init__(num_clients, num_clusters, seed, partition, PARTITIONS)
+        super().__init__(num_clients, num_clusters, seed, partition, dirichlet_alpha)
         if num_train < 0 or num_test < 0:
             raise ValueError(f"num-train is {num_train}, num-test {num_test}, expected at least 0")
         if num_public < 1:
             raise ValueError(f"num-public is {num_public}, expected at least 1")
         self.lora = lora
-        self.dirichlet_alpha = dirichlet_alpha
         self.num_train = num_train
         self.num_test = num_test
         self.num_public = num_public
-        self.hub = hub
         self.trunk = Trunk(model, lora_layers, max_length)
-        self._files = {} if hub else {split: split_file(data, "ag_news", split) for split in SPLITS}
+        self._sources = {split: source_of(data, "ag_news", split, hub) for split in SPLITS}
 
     @cached_property
     def num_classes(self) -> int:
@@ -126,32 +122,24 @@ class AgNews(DealtByClass):
             return topics_of_clusters(self.num_classes, self.num_clusters)
         return [tuple(range(self.num_classes))] * self.num_clusters
 
-    def test_data(self) -> list[Samples]:
-        """Return every cluster's part of the test texts."""
-        return [self._samples("test", part) for part in self._tests]
-
     def build_model(self) -> nn.Module:
         """Return the trained part of the encoder: a fresh head, and experts that do nothing yet."""
         return self._trained(self._classifier())
 
-    def warm_model(self) -> nn.Module:
-        """Return the model that everybody starts from, trained on the public share.
+    def _warmed(self, generator: torch.Generator) -> nn.Module:
+        """Train the head, while the encoder is as it was pretrained; then what is above the trunk.
 
-        The head learns first, while the encoder is as it was pretrained; then the experts and
-        their gates, or the plain layers, learn along with it.
+        That is, the experts and their gates, or the plain layers, along with the head.
         """
         public = self.public_data()
-        generator = torch.Generator().manual_seed(self.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            plain = self._classifier().eval()
-            with torch.no_grad():
-                parts = public.x.split(batch_size_for(public.x))
-                seen = Samples(torch.cat([plain.pooled(part) for part in parts]), public.y)
-            train_steps(plain.head, seen, WARM_STEPS, WARM_LEARNING_RATE, 32, generator)
-            model = self._trained(plain)
-            rate = WARM_LAYERS_LEARNING_RATE if self.lora is None else WARM_MOE_LEARNING_RATE
-            train_steps(model, public, WARM_MOE_STEPS, rate, 16, generator)
+        plain = self._classifier().eval()
+        with torch.no_grad():
+            parts = public.x.split(batch_size_for(public.x))
+            seen = Samples(torch.cat([plain.pooled(part) for part in parts]), public.y)
+        train_steps(plain.head, seen, WARM_STEPS, WARM_LEARNING_RATE, 32, generator)
+        model = self._trained(plain)
+        rate = WARM_LAYERS_LEARNING_RATE if self.lora is None else WARM_MOE_LEARNING_RATE
+        train_steps(model, public, WARM_MOE_STEPS, rate, 16, generator)
         return model
 
     def gate_view(self, x: Tensor) -> Tensor:
@@ -171,7 +159,7 @@ class AgNews(DealtByClass):
         return classifier
 
     def _texts(self, split: str) -> LabelledTexts:
-        return hub_texts(self.hub, split) if self.hub else read_texts(self._files[split])
+        return read_texts(self._sources[split])
 
     def _labels(self, split: str) -> Indices:
         return self._texts(split).labels[self._rows[split]]
@@ -211,13 +199,6 @@ class AgNews(DealtByClass):
             every = np.arange(len(labels))
             rows[split] = balanced_draw(labels, size, self.num_classes, rng) if size else every
         return rows
-
-    def _check_public(self, most: int) -> None:
-        if self.num_public > most:
-            raise ValueError(
-                f"num-public is {self.num_public}, expected at most {max(most, 0)} with this data: "
-                f"each of {self.num_clients} clients needs {MIN_SAMPLES}"
-            )
 
     @cached_property
     def _tests(self) -> list[Indices]:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from flwr_moe.tasks.dealt import DealtByClass, Indices
-from flwr_moe.tasks.parquet import SPLITS, LabelledImages, hub_images, read_images, split_file
-from flwr_moe.tasks.shares import PARTITIONS, balanced_draw
+from flwr_moe.tasks.base import SPLITS, Indices, Task
+from flwr_moe.tasks.parquet import LabelledImages, read_images, source_of
+from flwr_moe.tasks.shares import balanced_draw
 from flwr_moe.tasks.vgg import VGG
 from flwr_moe.training.samples import Samples
 
@@ -24,7 +24,7 @@ NUM_PUBLIC, NUM_CLIENT_TEST, MIN_SAMPLES = 500, 500, 32
 SIDE, PADDING = 32, 4
 
 
-class Cifar10(DealtByClass):
+class Cifar10(Task):
     """Ten classes of 32 by 32 colour images, learnt by a VGG network.
 
     The server's public share is drawn from the training file first, clients share what is left or
@@ -84,9 +84,7 @@ class Cifar10(DealtByClass):
         augment: bool = False,
         hub: str = "",
     ) -> None:
-        super().__init__(num_clients, num_clusters, seed, partition, PARTITIONS)
-        if partition == "dirichlet" and not 0 < dirichlet_alpha < float("inf"):
-            raise ValueError(f"dirichlet-alpha is {dirichlet_alpha}, expected above 0")
+        super().__init__(num_clients, num_clusters, seed, partition, dirichlet_alpha)
         for key, value in (("train", num_train), ("test", num_test), ("public", num_public)):
             if value < 0:
                 raise ValueError(f"num-{key} is {value}, expected at least 0")
@@ -95,7 +93,6 @@ class Cifar10(DealtByClass):
                 f"num-train is {num_train}, expected 0 or at least {num_clients * MIN_SAMPLES}: "
                 f"each of {num_clients} clients needs {MIN_SAMPLES}"
             )
-        self.dirichlet_alpha = dirichlet_alpha
         self.model = model
         self.width = width
         self.num_train = num_train
@@ -107,38 +104,25 @@ class Cifar10(DealtByClass):
         self.hub = hub
         with torch.device("meta"):
             VGG(model, 10, width)
-        self._files = {} if hub else {split: split_file(data, "cifar10", split) for split in SPLITS}
+        self._sources = {split: source_of(data, "cifar10", split, hub) for split in SPLITS}
 
     @cached_property
     def num_classes(self) -> int:
         """Classes: 10, or as many as a data set by name has."""
         return int(self._images("train").labels.max()) + 1 if self.hub else 10
 
-    def test_data(self) -> list[Samples]:
-        """Return every cluster's part of the test images."""
-        shuffled = self._rng(2).permutation(self._test)
-        parts = [np.sort(shuffled[k :: self.num_clusters]) for k in range(self.num_clusters)]
-        return [self._samples("test", part) for part in parts]
-
     def build_model(self) -> VGG:
         """Return a fresh model."""
         return VGG(self.model, self.num_classes, self.width)
 
-    def warm_model(self) -> VGG:
-        """Return the common start: the same fresh model for the same seed, untrained."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return self.build_model()
-
     def _images(self, split: str) -> LabelledImages:
-        where = self.hub or str(self._files[split])
-        found = hub_images(self.hub, split) if self.hub else read_images(self._files[split])
+        where = self._sources[split]
+        found = read_images(where)
         if found.images.shape[1:3] != (SIDE, SIDE):
             height, width = found.images.shape[1:3]
             raise ValueError(f"{where}: images are {height} x {width}, expected {SIDE} x {SIDE}")
-        low, high = int(found.labels.min()), int(found.labels.max())
-        if low < 0 or (not self.hub and high > 9):
-            raise ValueError(f"{where}: labels go from {low} to {high}, expected 0 to 9")
+        if not self.hub and found.labels.max() > 9:
+            raise ValueError(f"{where}: labels go to {found.labels.max()}, expected 9")
         return found
 
     def _labels(self, split: str) -> Indices:
@@ -147,9 +131,6 @@ class Cifar10(DealtByClass):
     def _samples(self, split: str, places: Indices) -> Samples:
         images, labels = self._images(split)
         return Samples(normalised(images[places]), torch.from_numpy(np.array(labels[places])))
-
-    def _check_public(self, most: int) -> None:
-        _check_size("num-public", self.num_public, most)
 
     @cached_property
     def _test(self) -> Indices:

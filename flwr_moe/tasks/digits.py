@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -10,15 +10,13 @@ import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
+from flwr_moe.tasks.base import Indices, Task
 from flwr_moe.tasks.models import DenseClassifier, MoEClassifier
-from flwr_moe.tasks.shares import Indices, check_shares, class_names, hold_out, share_out
+from flwr_moe.tasks.shares import check_shares, class_names, hold_out, share_out
 from flwr_moe.training.loop import train_steps
 from flwr_moe.training.samples import Samples
 
 Images = NDArray[np.float32]
-
-PARTITIONS = ("domains", "iid", "dirichlet", "conflict")
-"""Names of the ways to share out: by camera, alike, skewed by label, and with clashing names."""
 
 MOUNTINGS: dict[str, Callable[[Images], Images]] = {
     "upright": lambda image: image,
@@ -44,7 +42,7 @@ D_MODEL, D_HIDDEN = 64, 128
 WARM_STEPS, WARM_MOE_STEPS, WARM_LEARNING_RATE, UPCYCLING_NOISE = 1000, 400, 0.003, 0.1
 
 
-class Digits:
+class Digits(Task):
     """1,797 digits of 8 by 8 pixels, by default each cluster with its own camera mounting.
 
     Partition ``"domains"``: the images are split once, by seed: 360 for testing, 180 public,
@@ -87,6 +85,7 @@ class Digits:
     ours.
     """
 
+    partitions = ("domains", "iid", "dirichlet", "conflict")
     num_classes = 10
 
     def __init__(
@@ -101,51 +100,33 @@ class Digits:
         dirichlet_alpha: float = 0.3,
         num_groups: int = 3,
     ) -> None:
-        if partition not in PARTITIONS:
-            raise ValueError(f"partition is {partition!r}, expected one of {', '.join(PARTITIONS)}")
         if not 1 <= num_clusters <= len(MOUNTINGS):
             raise ValueError(
                 f"num-clusters is {num_clusters}, expected 1 to {len(MOUNTINGS)}: the digits task "
                 "has that many camera mountings"
             )
-        if num_clients < num_clusters:
-            raise ValueError(
-                f"num-clients is {num_clients}, expected at least num-clusters = {num_clusters}"
-            )
-        self.num_clients = num_clients
-        self.num_clusters = num_clusters
+        super().__init__(num_clients, num_clusters, seed, partition, dirichlet_alpha)
         self.num_experts = num_experts
         self.top_k = top_k
-        self.seed = seed
-        self.partition = partition
         self.own_tests = partition != "domains"
-        self.dirichlet_alpha = dirichlet_alpha
         self._order = np.random.default_rng([seed, 0]).permutation(len(_images()[1]))
         self._shared = np.delete(self._order, np.s_[NUM_TEST : NUM_TEST + NUM_PUBLIC])
-        self._dealt = "dirichlet" if partition == "dirichlet" else "iid"
+        self._kind = "dirichlet" if partition == "dirichlet" else "iid"
         if partition != "domains":
-            check_shares(len(self._shared), num_clients, self._dealt, dirichlet_alpha, MIN_SHARE)
+            check_shares(len(self._shared), num_clients, self._kind, dirichlet_alpha, MIN_SHARE)
         groups = num_groups if partition == "conflict" else 1
         self._names = class_names(groups, self.num_classes, seed)
 
-    def cluster_of(self, partition_id: int) -> int:
-        """Return the cluster of a device."""
-        return partition_id % self.num_clusters
-
     def train_data(self, partition_id: int) -> Samples:
         """Return a device's own photographs."""
-        self._check_partition_id(partition_id)
-        if self.partition != "domains":
-            return self._client_data(partition_id)[0]
-        cluster, place = partition_id % self.num_clusters, partition_id // self.num_clusters
-        devices = len(range(cluster, self.num_clients, self.num_clusters))
-        rng = np.random.default_rng([self.seed, 1, cluster])
-        share = np.array_split(rng.permutation(self._order[NUM_TEST + NUM_PUBLIC :]), devices)
-        return self._photograph(share[place], cluster)
+        share = self._share(partition_id)
+        if self.partition == "domains":
+            return self._photograph(share, self.cluster_of(partition_id))
+        return self._client_data(partition_id)[0]
 
     def client_test_data(self, partition_id: int) -> Samples:
         """Return a device's held-out digits: its cluster's in ``"domains"``, else its own."""
-        self._check_partition_id(partition_id)
+        self._share(partition_id)
         if self.partition == "domains":
             return self._photograph(self._order[:NUM_TEST], self.cluster_of(partition_id))
         return self._client_data(partition_id)[1]
@@ -155,18 +136,13 @@ class Digits:
         public = self._order[NUM_TEST : NUM_TEST + NUM_PUBLIC]
         if self.partition != "domains":
             return self._photograph(public, 0)
-        views = [self._photograph(public, k) for k in range(self.num_clusters)]
-        return Samples(torch.cat([v.x for v in views]), torch.cat([v.y for v in views]))
+        return _joined([self._photograph(public, k) for k in range(self.num_clusters)])
 
     def test_data(self) -> list[Samples]:
         """Return the test digits once for every mounting, or what each cluster's devices hold."""
         if self.partition != "domains":
             parts = [self._client_data(p)[1] for p in range(self.num_clients)]
-            clusters = [parts[k :: self.num_clusters] for k in range(self.num_clusters)]
-            return [
-                Samples(torch.cat([s.x for s in part]), torch.cat([s.y for s in part]))
-                for part in clusters
-            ]
+            return [_joined(parts[k :: self.num_clusters]) for k in range(self.num_clusters)]
         test = self._order[:NUM_TEST]
         return [self._photograph(test, k) for k in range(self.num_clusters)]
 
@@ -174,57 +150,53 @@ class Digits:
         """Return a fresh model."""
         return MoEClassifier(64, self.num_classes, D_MODEL, D_HIDDEN, self.num_experts, self.top_k)
 
-    def warm_model(self) -> MoEClassifier:
-        """Return the model that everybody starts from.
+    def _warmed(self, generator: torch.Generator) -> MoEClassifier:
+        """Train a dense model on the public share, upcycle it, and train that a little more.
 
-        In ``"domains"`` a dense model is trained on the public share, upcycled, and trained a
-        little more. In the other partitions it is a random initialisation, not trained: clients
-        need not agree on what the public share calls a digit. Gates and experts are then drawn
-        apart, so that their cosines tell them apart from the start.
+        Only in ``"domains"``: in the other partitions the start is a random initialisation, for
+        clients need not agree on what the public share calls a digit. Gates and experts are then
+        drawn apart, so that their cosines tell them apart from the start.
         """
-        generator = torch.Generator().manual_seed(self.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            if self.partition != "domains":
-                return self.build_model()
-            dense = DenseClassifier(64, self.num_classes, D_MODEL, D_HIDDEN)
-            public = self.public_data()
-            train_steps(dense, public, WARM_STEPS, WARM_LEARNING_RATE, 32, generator)
-            model = dense.upcycled(self.num_experts, self.top_k, UPCYCLING_NOISE, generator)
+        if self.partition != "domains":
+            return self.build_model()
+        dense = DenseClassifier(64, self.num_classes, D_MODEL, D_HIDDEN)
+        public = self.public_data()
+        train_steps(dense, public, WARM_STEPS, WARM_LEARNING_RATE, 32, generator)
+        model = dense.upcycled(self.num_experts, self.top_k, UPCYCLING_NOISE, generator)
         train_steps(model, public, WARM_MOE_STEPS, WARM_LEARNING_RATE, 32, generator)
         return model
-
-    def _check_partition_id(self, partition_id: int) -> None:
-        if not 0 <= partition_id < self.num_clients:
-            raise ValueError(
-                f"partition-id is {partition_id}, expected 0 to {self.num_clients - 1}"
-            )
 
     def _client_data(self, partition_id: int) -> tuple[Samples, Samples]:
         """Return what a device trains on and what it holds out, under its group's names."""
         names = torch.from_numpy(self._names[partition_id % len(self._names)])
-        parts = hold_out(self._shared[self._shares[partition_id]], self.seed)
+        parts = hold_out(self._shared[self._share(partition_id)], self.seed)
         train, test = (self._photograph(part, 0) for part in parts)
         return Samples(train.x, names[train.y]), Samples(test.x, names[test.y])
 
     @cached_property
     def _shares(self) -> list[Indices]:
+        """Every device's photographs; in the other partitions places among the shared ones."""
+        if self.partition == "domains":
+            train = self._order[NUM_TEST + NUM_PUBLIC :]
+            return self._dealt_by_cluster(
+                [self._rng(1, k).permutation(train) for k in range(self.num_clusters)]
+            )
         labels = _images()[1][self._shared]
         least = max(MIN_SHARE, min(MIN_LIKED_SHARE, len(labels) // (4 * self.num_clients)))
         return share_out(
-            labels, self.num_clients, self._dealt, self.dirichlet_alpha, self.seed, least
+            labels, self.num_clients, self._kind, self.dirichlet_alpha, self.seed, least
         )
 
     def _photograph(self, indices: NDArray[np.int64], cluster: int) -> Samples:
         images, labels = _images()
-        view = self._mountings[cluster](images[indices])
+        view = list(MOUNTINGS.values())[cluster](images[indices])
         return Samples(
             torch.from_numpy(np.ascontiguousarray(view)), torch.from_numpy(labels[indices])
         )
 
-    @cached_property
-    def _mountings(self) -> list[Callable[[Images], Images]]:
-        return list(MOUNTINGS.values())[: self.num_clusters]
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    return Samples(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
 
 
 @lru_cache(maxsize=1)

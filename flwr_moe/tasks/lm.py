@@ -5,16 +5,12 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from flwr_moe.tasks.lm_model import NUM_BYTES, NextByte
 from flwr_moe.tasks.windows import Windows
-from flwr_moe.training.loop import train_steps
 
 D_MODEL = 64
-WARM_STEPS, WARM_LEARNING_RATE = 200, 0.003
 
 
 class TextFile(Windows):
@@ -53,6 +49,7 @@ class TextFile(Windows):
 
     num_classes = NUM_BYTES
     unit = "bytes"
+    warm_steps, warm_batch_size = 200, 16
 
     def __init__(
         self,
@@ -82,15 +79,6 @@ class TextFile(Windows):
     def build_model(self) -> NextByte:
         """Return a fresh model."""
         return NextByte(self.d_model, self.num_experts, self.top_k, self.length)
-
-    def warm_model(self) -> nn.Module:
-        """Return the model that everybody starts from, trained on the public share."""
-        generator = torch.Generator().manual_seed(self.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            model = self.build_model()
-            train_steps(model, self.public_data(), WARM_STEPS, WARM_LEARNING_RATE, 16, generator)
-        return model
 
     @cached_property
     def _ids(self) -> NDArray[np.int64]:

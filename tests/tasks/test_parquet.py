@@ -12,7 +12,11 @@ import pytest
 from PIL import Image
 
 from flwr_moe.tasks import parquet
-from flwr_moe.tasks.parquet import hub_images, read_images, split_file
+from flwr_moe.tasks.parquet import Source, source_of
+
+
+def read_images(file):
+    return parquet.read_images(Source(file))
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +24,7 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    parquet._read.cache_clear()
+    parquet._images.cache_clear()
     return folder
 
 
@@ -61,10 +65,9 @@ def test_the_second_process_maps_what_the_first_decoded(tmp_path, cache, monkeyp
     images = draw()
     file = write(tmp_path / "x.parquet", images, range(6))
     assert read_images(file).images is read_images(file).images
-    files = sorted(cache.rglob("*.npy"))
-    assert len(files) == 2 and not list(cache.rglob("*.part"))
+    assert len(list(cache.rglob("*.npy"))) == 1 and not list(cache.rglob("*.part"))
     # Another process has no memory of it, and need not decode.
-    parquet._read.cache_clear()
+    parquet._images.cache_clear()
     monkeypatch.setattr(parquet, "_decode", None)
     again = read_images(file)
     assert isinstance(again.images, np.memmap) and (again.images == images).all()
@@ -87,9 +90,9 @@ def test_broken_or_unwritable_cache_is_no_harm(tmp_path, cache):
     read_images(file)
     for cached in cache.rglob("*.npy"):
         cached.write_bytes(cached.read_bytes()[:40])
-    parquet._read.cache_clear()
+    parquet._images.cache_clear()
     assert (read_images(file).images == images).all()
-    parquet._read.cache_clear()
+    parquet._images.cache_clear()
     (folder,) = cache.iterdir()
     for cached in folder.iterdir():
         cached.unlink()
@@ -98,18 +101,18 @@ def test_broken_or_unwritable_cache_is_no_harm(tmp_path, cache):
     assert (read_images(file).images == images).all()
 
 
-def test_split_file(tmp_path):
+def test_source_of(tmp_path):
     with pytest.raises(ValueError, match=r"data is '.*none': it is not a folder, expected one"):
-        split_file(tmp_path / "none", "cifar10", "train")
+        source_of(tmp_path / "none", "cifar10", "train")
     with pytest.raises(ValueError, match=r"has neither cifar10/train.parquet or train.parquet"):
-        split_file(tmp_path, "cifar10", "train")
+        source_of(tmp_path, "cifar10", "train")
     with pytest.raises(ValueError, match="data is empty, expected --data DIR"):
-        split_file("", "cifar10", "train")
+        source_of("", "cifar10", "train")
     (tmp_path / "train.parquet").touch()
-    assert split_file(tmp_path, "cifar10", "train") == tmp_path / "train.parquet"
+    assert source_of(tmp_path, "cifar10", "train") == Source(tmp_path / "train.parquet")
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "train.parquet").touch()
-    assert split_file(tmp_path, "cifar10", "train") == tmp_path / "cifar10" / "train.parquet"
+    assert source_of(tmp_path, "cifar10", "train") == Source(tmp_path / "cifar10" / "train.parquet")
 
 
 def test_errors(tmp_path):
@@ -159,14 +162,14 @@ def test_a_data_set_in_hub_layout(tmp_path, monkeypatch):
             image = draw(1, seed=place)[0]
             (root / split / name / "0.png").write_bytes(png(image))
             expected[place] = image
-    found = hub_images(str(root), "train")
+    found = parquet.read_images(Source(str(root), "train"))
     assert sorted(found.labels.tolist()) == [0, 1]
     for image, label in zip(*found, strict=True):
         assert (image == expected[int(label)]).all()
     # Another process maps what this one decoded.
-    parquet._hub.cache_clear()
+    parquet._images.cache_clear()
     monkeypatch.setattr(parquet, "_decode", None)
-    again = hub_images(str(root), "train").images
+    again = parquet.read_images(Source(str(root), "train")).images
     assert isinstance(again, np.memmap) and (again == found.images).all()
     with pytest.raises(ValueError, match="its split 'dev' cannot be loaded"):
-        hub_images(str(root), "dev")
+        parquet.read_images(Source(str(root), "dev"))

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from flwr_moe.tasks import text_encoder
-from flwr_moe.tasks.text_cache import cached_array
+from flwr_moe.tasks.cache import cached_array
 from flwr_moe.tasks.text_encoder import Trunk, encoder_place, top_of
 from flwr_moe.tasks.text_model import TextClassifier, is_token, masked_mean
 from tests.tasks.tiny_text import LAYERS, WIDTH, write_encoder
@@ -91,19 +91,21 @@ def test_the_trunk_reads_texts_once_for_all_processes(encoder, monkeypatch):
 
 
 def test_a_broken_or_foreign_cache_is_not_used(tmp_path, monkeypatch):
-    def ones(out):
+    def ones(allocate):
+        out = allocate((2, 3))
         out[:] = 1
+        return out
 
-    cached_array(["a"], (2, 3), ones)
+    cached_array(["a"], np.float16, ones, (2, 3))
     (file,) = Path(tmp_path).glob("flwr-moe-*/*.npy")
     file.write_bytes(file.read_bytes()[:90])
-    assert cached_array(["a"], (2, 3), ones).tolist() == [[1, 1, 1]] * 2
+    assert cached_array(["a"], np.float16, ones, (2, 3)).tolist() == [[1, 1, 1]] * 2
     np.save(file, np.zeros((4, 4), np.float16))
-    assert cached_array(["a"], (2, 3), ones).tolist() == [[1, 1, 1]] * 2
+    assert cached_array(["a"], np.float16, ones, (2, 3)).tolist() == [[1, 1, 1]] * 2
     assert not list(Path(tmp_path).glob("flwr-moe-*/*.part"))
     monkeypatch.setattr("os.getuid", lambda: 10**6)
     (tmp_path / f"flwr-moe-{10**6}").mkdir()
-    assert not isinstance(cached_array(["a"], (2, 3), ones), np.memmap)
+    assert not isinstance(cached_array(["a"], np.float16, ones, (2, 3)), np.memmap)
     assert not list((tmp_path / f"flwr-moe-{10**6}").iterdir())
 
 

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from flwr_moe.tasks.cache_folder import cache_folder
+from flwr_moe.tasks.cache import cache_folder
 
 
 @pytest.fixture(autouse=True)
