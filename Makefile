@@ -3,14 +3,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 # The main job: experts over satellite passes beside conventional federated learning.
 demo: $(READY)
 	$(BIN)/flwr-moe demo
 
 test: $(READY)
-	FLWR_TELEMETRY_ENABLED=0 $(BIN)/python -m pytest
+	FLWR_TELEMETRY_ENABLED=0 $(BIN)/python -m pytest -n auto --dist loadgroup
+
+# What takes minutes: faults at random moments, many drawn orbits.
+test-slow: $(READY)
+	FLWR_TELEMETRY_ENABLED=0 $(BIN)/python -m pytest -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("peft")
-
 from flwr_moe.app.build_task import build_task, check_task, settle_experts
 from flwr_moe.app.client_app import make_client_app
 from flwr_moe.app.config import ConfigError, Settings

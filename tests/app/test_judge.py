@@ -5,8 +5,6 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 
-pytest.importorskip("transformers")
-
 from flwr_moe.app.judge import EMSJudge
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.strategies import EMSFL

@@ -114,6 +114,7 @@ def test_bad_settings_are_one_clear_line(changes: dict[str, Any], expected: str)
         build_split("fedsl", SMALL.replace(**changes), build_task(SMALL, 4, 0), 0)
 
 
+@pytest.mark.ray
 def test_compare_runs_through_flowers_engine(tmp_path: Path) -> None:
     out = tmp_path / "out"
     settings = SMALL.replace(num_clients=2, num_rounds=1)

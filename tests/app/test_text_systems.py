@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("peft")
-
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from flwr_moe.app.build_task import build_task, check_task
@@ -200,6 +197,7 @@ def test_texts_have_step_sizes_of_their_own(folder: Path) -> None:
     assert config["learning-rate"] == TUNED_TEXT["fedasync"].learning_rate
 
 
+@pytest.mark.ray
 def test_through_flowers_engine(folder: Path) -> None:
     settings = news(folder)
     check_task(settings, ["ems-fl"], 4)

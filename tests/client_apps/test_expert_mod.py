@@ -2,13 +2,10 @@
 
 import threading
 
-import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch.nn import functional
-
-pytest.importorskip("transformers")
 
 from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.client_apps.ems_fl.mod import expert_mod, restricted_models

@@ -6,9 +6,6 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
-
-pytest.importorskip("transformers")
-
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.phimoe import PhimoeConfig, PhimoeForCausalLM
 

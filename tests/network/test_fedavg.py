@@ -96,6 +96,7 @@ def test_slow_links_change_the_time_and_nothing_else():
     assert grid.now > 2 * ROUNDS * 2.0  # two exchanges a round, a second each way
 
 
+@pytest.mark.ray
 def test_equal_in_flowers_own_engine(monkeypatch):
     for key, value in (("FLWR_TELEMETRY_ENABLED", "0"), ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")):
         monkeypatch.setenv(key, value)

@@ -329,6 +329,7 @@ def test_fedavg_waits_for_the_last_cluster_of_every_round(clock):
     assert waits == pytest.approx([0 + 30 + 40, 10 + 40 + 0, 20 + 0 + 10], abs=0.5)
 
 
+@pytest.mark.ray
 def test_fedavg_in_flowers_own_engine_on_the_real_clock(monkeypatch):
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
     # One cluster after the other is in view for 5 s, replayed ten times as fast.

@@ -4,12 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+from itur.models import itu618
 
 from flwr_moe.network import NodeProfile, SatelliteLinks
 from flwr_moe.orbit import VSAT_KA, Site, constellation, find_passes
 from flwr_moe.orbit.rain import RainLoss, rain_loss_db
-
-itu618 = pytest.importorskip("itur.models.itu618")
 
 MUNICH = Site("Munich", 48.1, 11.6, 520.0)
 # Straight lines between quarters of a degree.

@@ -8,9 +8,6 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 from safetensors import safe_open
-
-pytest.importorskip("transformers")
-
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from flwr_moe.arrays import record_of
@@ -118,7 +115,8 @@ def test_what_does_not_fit_is_named_before_anything_is_written(tmp_path):
 
 
 def test_a_mixture_of_lora_experts(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     from flwr_moe.lora.build import add_lora_experts
     from flwr_moe.lora.io import load_experts
 

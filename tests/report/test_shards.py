@@ -136,7 +136,8 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, state, options, message
 @pytest.mark.parametrize("max_shard_bytes", [20_000, 10**9])
 def test_transformers_loads_it(tmp_path, max_shard_bytes, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.BertConfig(
         vocab_size=50,
         hidden_size=16,

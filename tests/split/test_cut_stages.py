@@ -10,22 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
-
-from flwr_moe.client_apps.split.link import CutLink, small_labels  # noqa: E402
-from flwr_moe.split.codecs import CodecKey, cut_codecs  # noqa: E402
-from flwr_moe.split.costs import cut_table  # noqa: E402
-from flwr_moe.split.cut import materialise, possible_cuts, split_model  # noqa: E402
-from flwr_moe.split.protocol import agreement  # noqa: E402
-from flwr_moe.split.prune import choose_kept, shrink  # noqa: E402
-from flwr_moe.split.session import SplitSession  # noqa: E402
-from flwr_moe.split.step import cross_entropy_over_labels  # noqa: E402
-from flwr_moe.tasks.lm_model import NextByte  # noqa: E402
-from flwr_moe.tasks.text_encoder import _AsGiven  # noqa: E402
-from flwr_moe.tasks.text_model import TextClassifier  # noqa: E402
-from tests.split.halves import assert_same_step  # noqa: E402
-from tests.split.test_cut_transformers import BERT, GPT2, LLAMA, build  # noqa: E402
-from tests.split.test_ushape import assert_same_step as assert_same_step_in_three  # noqa: E402
+from flwr_moe.client_apps.split.link import CutLink, small_labels
+from flwr_moe.split.codecs import CodecKey, cut_codecs
+from flwr_moe.split.costs import cut_table
+from flwr_moe.split.cut import materialise, possible_cuts, split_model
+from flwr_moe.split.protocol import agreement
+from flwr_moe.split.prune import choose_kept, shrink
+from flwr_moe.split.session import SplitSession
+from flwr_moe.split.step import cross_entropy_over_labels
+from flwr_moe.tasks.lm_model import NextByte
+from flwr_moe.tasks.text_encoder import _AsGiven
+from flwr_moe.tasks.text_model import TextClassifier
+from tests.split.halves import assert_same_step
+from tests.split.test_cut_transformers import BERT, GPT2, LLAMA, build
+from tests.split.test_ushape import assert_same_step as assert_same_step_in_three
 
 GENERATOR = torch.Generator().manual_seed(0)
 HIDDEN = torch.randn(4, 5, 8, generator=GENERATOR, dtype=torch.float64)

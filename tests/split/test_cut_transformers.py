@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-transformers = pytest.importorskip("transformers")
-
-from flwr_moe.split.costs import cut_table  # noqa: E402
-from flwr_moe.split.cut import materialise, possible_cuts, split_model  # noqa: E402
-from tests.experts.test_families import CONFIGS, TEXT_TO_TEXT  # noqa: E402
-from tests.split.halves import allocated_bytes, assert_same_step, tensor_of  # noqa: E402
+from flwr_moe.split.costs import cut_table
+from flwr_moe.split.cut import materialise, possible_cuts, split_model
+from tests.experts.test_families import CONFIGS, TEXT_TO_TEXT
+from tests.split.halves import allocated_bytes, assert_same_step, tensor_of
 
 PADDING = 1
 LENGTHS = (6, 4, 2)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,8 +12,6 @@ from flwr_moe.split.cut import split_model
 from flwr_moe.split.prune import Kept, choose_kept, put_back, shrink
 from flwr_moe.split.prune_groups import find_groups
 from tests.split.halves import take
-
-transformers = pytest.importorskip("transformers")
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 IDS = torch.tensor([[1, 5, 2, 7, 3], [4, 4, 9, 0, 6]])

@@ -32,7 +32,8 @@ from tests.split.ushape_device import (
 
 
 def models() -> list[Any]:
-    cases = pytest.importorskip("tests.split.test_cut_transformers")
+    from tests.split import test_cut_transformers as cases
+
     vgg_loss = lambda logits: functional.cross_entropy(logits, CLASSES)  # noqa: E731
     found = [
         (lambda: VGG("vgg-small", width=0.25), {"x": LARGE_IMAGES}, vgg_loss, "features.0"),

@@ -1,6 +1,7 @@
 """EMS-FL through Flower's real simulation engine."""
 
 import numpy as np
+import pytest
 import torch
 from flwr.app import ArrayRecord
 
@@ -17,6 +18,7 @@ SUMMATION = 1e-5
 """Other processes may add up in another order, in single precision."""
 
 
+@pytest.mark.ray
 def test_equal_in_flowers_own_engine(monkeypatch):
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
     task = Digits(6, 2, 4, 2, seed=0)

@@ -13,8 +13,6 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-pytest.importorskip("transformers")
-
 from flwr_moe.engines.flower import simulate
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.experts import ExpertLayout
@@ -93,6 +91,7 @@ def both(grid: Grid, name: str, store: TensorStore, exchange: ExchangeServer) ->
     }
 
 
+@pytest.mark.ray
 def test_every_family_gives_the_same_in_flowers_own_engine(
     store: TensorStore, exchange: ExchangeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

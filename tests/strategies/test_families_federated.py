@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
-
-pytest.importorskip("transformers")
 
 from flwr_moe.client_apps import TrainOrder, build_client_app
 from flwr_moe.exchange import ExchangeServer, TensorStore

@@ -148,6 +148,7 @@ def test_bad_arguments_are_named(bad: dict[str, Any], expected: str) -> None:
         SplitFed(build_model, CUT, **{"labels": "client", **bad})
 
 
+@pytest.mark.ray
 def test_equal_in_flowers_own_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
     app = split_app()

@@ -9,8 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-pytest.importorskip("peft")
-
 from flwr_moe.experts import ExpertLayout, restricted_gate
 from flwr_moe.tasks.ag_news import AgNews
 from flwr_moe.tasks.text_lora import LoraPlan

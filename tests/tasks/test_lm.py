@@ -6,8 +6,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-pytest.importorskip("transformers")
-
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.tasks.lm import TextFile
 from flwr_moe.training import Samples, accuracy_and_loss, predict, train_steps

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("peft")
-
 import transformers
 
 from flwr_moe.experts import ExpertLayout

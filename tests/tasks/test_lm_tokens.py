@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("peft")
-
 import transformers
+from torch import Tensor, nn
 
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.report.pretrained import save_pretrained_model

