@@ -15,12 +15,15 @@ import threading
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from flwr_moe.arrays import weighted_mean
 from flwr_moe.exchange.request import Refused
 from flwr_moe.split.codecs import Chain, CodecKey, Encoded, Role
 from flwr_moe.split.protocol import (
@@ -223,10 +226,11 @@ class SplitSession:
         for client in clients.values():
             with client.trunk.lock:  # a step that has begun is waited for
                 if client.done and self._copies:
-                    states.append(client.trunk.half.state_dict())
+                    states.append(_arrays_of(client.trunk.half))
                     weights.append(client.examples * client.done / ended.batches)
         if states:
-            self._half.load_state_dict(weighted_mean(states, weights))
+            mean = weighted_mean(states, weights, like=_arrays_of(self._half))
+            self._half.load_state_dict({key: torch.from_numpy(a) for key, a in mean.items()})
         return {partition: client.done for partition, client in clients.items()}
 
     def handle(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Answer:
@@ -457,12 +461,7 @@ def _labels(tensors: Mapping[str, Tensor], count: int) -> Tensor:
     return labels.long()
 
 
-def weighted_mean(states: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
-    """Mean in double precision, in the order given; whole numbers are rounded."""
-    total = sum(weights)
-    mean = {}
-    for key, first in states[0].items():
-        parts = (s[key].double() * w for s, w in zip(states, weights, strict=True))
-        value = sum(parts, torch.zeros_like(first, dtype=torch.float64)) / total
-        mean[key] = (value if first.is_floating_point() else value.round()).to(first.dtype)
-    return mean
+def _arrays_of(half: nn.Module) -> dict[str, NDArray[Any]]:
+    """Return a half's state as numpy has it; bfloat16 as float32, which holds all of it."""
+    state = half.state_dict()
+    return {k: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for k, t in state.items()}

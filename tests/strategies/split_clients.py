@@ -92,6 +92,7 @@ def run_split(
     config: dict[str, Any] | None = None,
     finish_order: list[int] | None = None,
     links: FixedLinks | None = None,
+    model: nn.Module | None = None,
 ) -> tuple[Result, SimulatedGrid]:
     """Run a strategy with an exchange of its own."""
     with serving(strategy):
@@ -99,7 +100,7 @@ def run_split(
         network = SimulatedGrid(grid, links or FixedLinks(delay_s=1.0))
         result = strategy.start(
             network,
-            ArrayRecord(build_model(dtype).state_dict()),
+            ArrayRecord((model or build_model(dtype)).state_dict()),
             num_rounds=rounds,
             timeout=1e9,
             train_config=ConfigRecord({**CONFIG, **(config or {})}),

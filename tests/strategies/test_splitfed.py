@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from torch import nn
 
 from flwr_moe.network import FixedLinks, MeteredGrid, count_bytes
 from flwr_moe.split.codecs import cut_codecs
@@ -256,3 +257,44 @@ def test_arrays_of_another_model_and_no_steps_are_errors_before_training() -> No
     with pytest.raises(ValueError, match="'local-steps' is None in the train_config"):
         strategy.start(grid, ArrayRecord(build_model().state_dict()))
     assert [m for m in grid.executed if m.metadata.message_type != "query.roll_call"] == []
+
+
+class Notes(nn.Module):
+    """Notes what it has seen in training, in numbers of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("phase", torch.zeros((), dtype=torch.complex128))
+        self.register_buffer("large", torch.zeros(2, dtype=torch.bool))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        top = float(x.detach().abs().max())
+        self.phase += 1j * round(top)
+        self.large |= torch.tensor([top > 1.5, top > 0.5])
+        self.count += round(top)
+        return x
+
+
+def test_complex_numbers_booleans_and_counts_of_both_halves_are_averaged_as_such() -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        ends = nn.Linear(2, 2, dtype=torch.float64), nn.Linear(2, 3, dtype=torch.float64)
+        with torch.no_grad():
+            ends[0].weight.copy_(torch.eye(2))
+            ends[0].bias.zero_()
+        return nn.Sequential(Notes(), ends[0], nn.Identity(), Notes(), ends[1])
+
+    def data(client: int) -> Samples:
+        count = 8 + 2 * client  # weights 8, 10 and 12 of clients that see zeros, ones and twos
+        return Samples(torch.full((count, 2), float(client)).double(), torch.zeros(count).long())
+
+    app = split_app(model=model, data=data)
+    result, _ = run_split(SplitFed(model, "2", learning_rate=1e-6), app, rounds=1, model=model())
+    state = result.arrays.to_torch_state_dict()
+    for notes in ("0", "3"):
+        # Three batches each; a share of 22/30 has seen ones or more, and 12/30 twos.
+        expected = 3 * (10 * 1 + 12 * 2) / 30
+        assert state[f"{notes}.phase"].item() == pytest.approx(expected * 1j)
+        assert state[f"{notes}.large"].tolist() == [False, True]
+        assert state[f"{notes}.count"].item() == round(expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from torch import Tensor, nn
 
+from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.client_apps.node import Access, exchange_client, partition_of
 from flwr_moe.client_apps.split.link import CutLink
 from flwr_moe.messages.split import SplitOrder
@@ -106,9 +107,9 @@ class Visit:
         if self.parts.head is not None:
             state |= self.parts.head.state_dict()
         if self.order.keep_half:
-            self.context.state[OWN_HALF] = ArrayRecord(state)
+            self.context.state[OWN_HALF] = record_of(state)
             self.context.state[OWN_VERSION] = MetricRecord({"version": self.order.half_version})
-        return ArrayRecord(state) if self.order.send_half else None
+        return record_of(state) if self.order.send_half else None
 
     def _cut(self, model: nn.Module) -> Split:
         if self.order.top_cut:
@@ -121,10 +122,10 @@ class Visit:
         version = self.context.state.metric_records.get(OWN_VERSION, MetricRecord())
         began = version.get("version") == self.order.half_version
         if own is not None and began and not self.order.fresh:
-            return dict(own.to_torch_state_dict())
+            return tensors_of(own)
         if came is None:
             raise ValueError("the node has lost its half of the model, the average is needed")
-        return dict(came.to_torch_state_dict())
+        return tensors_of(came)
 
     def _choose(self) -> Kept | None:
         """Choose the units that stay, or stay with those of the last choice."""

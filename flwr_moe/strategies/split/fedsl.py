@@ -10,9 +10,9 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
-from torch import nn
+from torch import Tensor, nn
 
-from flwr_moe.arrays import arrays_of, record_of
+from flwr_moe.arrays import tensors_of
 from flwr_moe.messages.split import SplitOrder
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import NodeProfile
@@ -20,7 +20,6 @@ from flwr_moe.split.codecs import cut_codecs
 from flwr_moe.split.cut import materialise
 from flwr_moe.split.prune import Kept, PruneSchedule, choose_kept, silenced
 from flwr_moe.split.prune_groups import find_groups
-from flwr_moe.strategies.split.run import SplitRun
 from flwr_moe.strategies.split.splitfed import SplitFed
 
 
@@ -90,7 +89,7 @@ class FedSL(SplitFed):
     @property
     def dense_half(self) -> ArrayRecord:
         """The average of the client halves with the values of pruned units, to train on from."""
-        return record_of(self.run.half)
+        return self.run.half
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -115,17 +114,14 @@ class FedSL(SplitFed):
         super().summary()
 
     def _choice(self, rate: float) -> Kept:
-        client = copy.deepcopy(self.split.client)
-        state = self.dense_half.to_torch_state_dict()
+        client, state = copy.deepcopy(self.split.client), tensors_of(self.run.half)
         materialise(client, {key: state[key] for key in client.state_dict()})
         return choose_kept(client, rate, prune_output=True)
 
-    def _answering(self, run: SplitRun) -> Mapping[str, Any]:
+    def _answering(self) -> dict[str, Tensor]:
         # The server half has learnt with zeros where devices have pruned the cut.
-        if run.kept is None:
-            return run.half
-        state = record_of(run.half).to_torch_state_dict()
-        return arrays_of(ArrayRecord(silenced(state, run.kept)))
+        state = super()._answering()
+        return state if self.run.kept is None else silenced(state, self.run.kept)
 
     def _order(self, server_round: int, node: NodeProfile, config: ConfigRecord) -> SplitOrder:
         none = PruneSchedule(0.0)

@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from logging import WARNING
-from typing import Any
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from flwr_moe.arrays import arrays_of, weighted_mean
+from flwr_moe.arrays import arrays_of, record_of, unlike, weighted_mean
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.exchange.app import Handler
-from flwr_moe.messages.split import SplitFigures, SplitReply
+from flwr_moe.messages.split import HALF, SplitFigures, SplitReply
 from flwr_moe.network import MeteredGrid, SimulatedGrid, check_reply
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.ledger import Ledger
@@ -34,10 +33,12 @@ class SplitRun:
         With a clock.
     session : SplitSession
         The server half.
-    half : dict of str to ndarray
+    half : ArrayRecord
         The average of the client halves.
     snapshot : ArrayRecord
         The whole model as of that average, as it answers.
+    weighted_by : str
+        Metric that a client's weight in averages comes from.
     last_round : int
         Number of the last round.
     rng : random.Random
@@ -64,8 +65,9 @@ class SplitRun:
 
     network: SimulatedGrid | MeteredGrid
     session: SplitSession
-    half: dict[str, Any]
+    half: ArrayRecord
     snapshot: ArrayRecord
+    weighted_by: str
     last_round: int
     rng: random.Random
     address: tuple[str, str] = ("", "")
@@ -123,15 +125,16 @@ class SplitRun:
         self.informed = (self.informed | heard.keys()) - (self.sent.keys() - heard.keys())
         return list(heard.values())
 
-    def average(self, replies: Iterable[SplitReply], weighted_by: str) -> None:
+    def average(self, replies: Iterable[SplitReply]) -> None:
         """Average the client halves that came, weighted by examples and batches done."""
         halves, weights = [], []
         for reply in replies:
             if reply.half is not None:
                 halves.append(arrays_of(reply.half))
-                weights.append(reply.weight(weighted_by) * (reply.figures.steps / self.steps))
+                weights.append(reply.weight(self.weighted_by) * (reply.figures.steps / self.steps))
         if sum(weights) > 0:
-            self.half = weighted_mean(halves, weights)
+            mean = weighted_mean(halves, weights, like=arrays_of(self.half))
+            self.half = record_of(mean, like=self.half)
         self.version += 1
         self.informed = set()
 
@@ -139,16 +142,13 @@ class SplitRun:
         if reply.has_error():
             raise ValueError(reply.error.reason)
         read = SplitReply.from_record(reply.content, self.steps)
+        read.weight(self.weighted_by)
         book_by_role(self.network.ledger, self.partitions[node_id], read.figures)
         reason = check_reply(self.sent[node_id], reply.content)
+        if reason is None and halves:
+            reason = unlike(read.half, self.half, HALF)
         if reason is not None:
             raise ValueError(reason)
-        came = {} if read.half is None else {k: tuple(a.shape) for k, a in read.half.items()}
-        for key, array in self.half.items() if halves else ():
-            if came.get(key) != array.shape:
-                raise ValueError(
-                    f"array 'half/{key}' has shape {came.get(key)}, expected {array.shape}"
-                )
         return read
 
 

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flwr_moe.arrays import arrays_of, record_of
+from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.exchange.app import Handler
 from flwr_moe.exchange.request import Refused
 from flwr_moe.messages.base import read_value
@@ -209,13 +209,13 @@ class SplitFed(FedAvg):
         grid = with_clock(grid, timeout)
         config = train_config or ConfigRecord()
         steps_of(config)
-        state = initial_arrays.to_torch_state_dict()
-        client = {key: state[key] for key in self.split.client_state_dict() if key in state}
+        session = self._open_session(tensors_of(initial_arrays), config)
         self._run = run = SplitRun(
             grid,
-            self._open_session(state, config),
-            arrays_of(ArrayRecord(client)),
+            session,
+            ArrayRecord({key: initial_arrays[key] for key in self.split.client_state_dict()}),
             initial_arrays,
+            self.weighted_by_key,
             num_rounds,
             random.Random(self.seed),
             (self.exchange_url, self.exchange_token),
@@ -255,7 +255,7 @@ class SplitFed(FedAvg):
             order = self._order(server_round, node, config).to_record()
             content = RecordDict({self.configrecord_key: order})
             if node.node_id not in run.informed:
-                content[self.arrayrecord_key] = record_of(run.half)
+                content[self.arrayrecord_key] = run.half
             run.sent[node.node_id] = content
             messages.append(Message(content, node.node_id, SPLIT_TRAIN, ttl=MESSAGE_TTL_S))
         return messages
@@ -264,21 +264,20 @@ class SplitFed(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Close the round at the server half, and average the client halves if it is time."""
-        run, key = self.run, self.weighted_by_key
+        run = self.run
         run.end_round()
         averages = self._averages(server_round)
         heard = run.hear(replies, averages)
         if averages:
-            run.average(heard, key)
-            joined = {**self._answering(run), **arrays_of(ArrayRecord(run.session.state_dict()))}
+            run.average(heard)
+            whole: Mapping[str, Tensor] = {**self._answering(), **run.session.state_dict()}
             if self.calibrate is not None:
-                whole = record_of(joined).to_torch_state_dict()
-                joined = arrays_of(ArrayRecord(dict(self.calibrate(whole))))
-            run.snapshot = record_of({key: joined[key] for key in run.snapshot})
-        if sum(reply.weight(key) for reply in heard) <= 0:
+                whole = self.calibrate(whole)
+            run.snapshot = record_of({key: whole[key] for key in run.snapshot})
+        if sum(reply.weight(run.weighted_by) for reply in heard) <= 0:
             return run.snapshot, None
         figures = [RecordDict({"metrics": reply.figures.to_record()}) for reply in heard]
-        return run.snapshot, self.train_metrics_aggr_fn(figures, key)
+        return run.snapshot, self.train_metrics_aggr_fn(figures, run.weighted_by)
 
     # --- inside ------------------------------------------------------------------
 
@@ -339,9 +338,9 @@ class SplitFed(FedAvg):
     def _averages(self, server_round: int) -> bool:
         return server_round % self.interval == 0 or server_round == self.run.last_round
 
-    def _answering(self, run: SplitRun) -> Mapping[str, Any]:
+    def _answering(self) -> dict[str, Tensor]:
         """Return the average of the client halves as devices run it."""
-        return run.half
+        return tensors_of(self.run.half)
 
 
 def steps_of(config: ConfigRecord) -> int:
