@@ -22,22 +22,26 @@ Arrays = Mapping[str, NDArray[Any]]
 SEALED = "flwr-moe.bfloat16"
 """Serialisation type of bfloat16. Flower refuses to read it; as numbers its bits are nonsense."""
 PLAIN = "numpy.ndarray"
+TIE = 1e-9
+"""Shares this close to one half are a tie: sums of weights are not exact."""
 
 # --- conversions -------------------------------------------------------------------
 
 
 def arrays_of(record: ArrayRecord) -> dict[str, NDArray[Any]]:
-    """Unpack a record into numpy arrays; bfloat16 comes as float32, which holds all of it.
+    """Unpack a record into numpy arrays, each as :func:`values_of` gives it."""
+    return {key: values_of(array) for key, array in record.items()}
+
+
+def values_of(array: Array) -> NDArray[Any]:
+    """Unpack one array; bfloat16 comes as float32, which holds all of it.
 
     Raises
     ------
     ValueError
         If a bfloat16 array is not what it says.
     """
-    return {
-        key: _bits_of(array).float().numpy() if array.dtype == "bfloat16" else array.numpy()
-        for key, array in record.items()
-    }
+    return _bits_of(array).float().numpy() if array.dtype == "bfloat16" else array.numpy()
 
 
 def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
@@ -52,6 +56,12 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
         key: _bits_of(array) if array.dtype == "bfloat16" else torch.from_numpy(array.numpy())
         for key, array in record.items()
     }
+
+
+def numpy_of(state: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Return a torch state as numpy arrays; bfloat16 comes as float32."""
+    cpu = {key: tensor.detach().cpu() for key, tensor in state.items()}
+    return {k: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for k, t in cpu.items()}
 
 
 def record_of(
@@ -92,7 +102,7 @@ def array_of(values: NDArray[Any] | Tensor) -> Array:
         if values.dtype == torch.bfloat16:
             bits = Array(values.contiguous().view(torch.int16).numpy().view(np.uint16))
             return Array("bfloat16", bits.shape, SEALED, bits.data)
-        values = values.numpy()
+        values = values.resolve_conj().resolve_neg().numpy()
     # Not ascontiguousarray: it turns the counter of a batch norm, shape (), into shape (1,).
     return Array(np.asarray(values, order="C"))
 
@@ -136,7 +146,7 @@ def cast_like(values: Any, like: NDArray[Any]) -> NDArray[Any]:
     """
     if like.dtype.kind == "b":
         share = np.asarray(values)
-        return np.asarray(np.where(share == 0.5, like, share > 0.5), dtype=bool)
+        return np.asarray(np.where(np.abs(share - 0.5) <= TIE, like, share > 0.5), dtype=bool)
     whole = like.dtype.kind in "iu"
     return np.asarray(np.rint(values) if whole else values, dtype=like.dtype)
 
@@ -184,9 +194,15 @@ def weighted_mean(
 def mix(old: Arrays, new: Arrays, share: float) -> dict[str, NDArray[Any]]:
     """Return ``(1 - share) old + share new``, key by key, in the dtypes of ``old``."""
     return {
-        key: cast_like((1 - share) * np.asarray(a, exact_dtype(a.dtype)) + share * new[key], a)
+        key: cast_like(
+            (1 - share) * np.asarray(a, exact_dtype(a.dtype)) + _part(share, new[key], a), a
+        )
         for key, a in old.items()
     }
+
+
+def _part(share: float, new: NDArray[Any], like: NDArray[Any]) -> Any:
+    return share * (new if new.dtype == np.float32 else np.asarray(new, exact_dtype(like.dtype)))
 
 
 BLOCK = 2**17

@@ -182,3 +182,22 @@ def test_what_is_unlike_the_model_is_named() -> None:
     assert unlike(whole, model) == "array 'a' is complex128, expected float64"
     assert unlike(whole, {"a": (2, 3), "b": (1,)}) is None
     assert unlike(None, {}) is None
+
+
+@BOTH
+def test_sums_of_weights_that_are_a_hair_apart_are_a_tie(how: str) -> None:
+    yes, no, weights = np.array([True]), np.array([False]), [0.1, 0.2, 0.3, 0.6]
+    assert sum(weights[:3]) > weights[3]
+    assert averaged(how, no, [yes, yes, yes, no], weights).tolist() == [False]
+    assert averaged(how, yes, [no, no, no, yes], weights).tolist() == [True]
+
+
+def test_a_reply_in_half_precision_is_mixed_in_double_precision() -> None:
+    # 0.3 * 2050 is 615 in double precision; in half precision it is a multiple of one half.
+    old, new = {"h": np.array([0.1], np.float32)}, {"h": np.array([2050.0], np.float16)}
+    expected = np.float32(0.7 * float(np.float32(0.1)) + 0.3 * 2050.0)
+    assert mix(old, new, 0.3)["h"].tolist() == [float(expected)]
+
+
+def test_conjugate_views_are_packed_as_they_read() -> None:
+    assert arrays_of(record_of({"z": torch.tensor([1 + 2j]).conj()}))["z"].tolist() == [1 - 2j]

@@ -7,6 +7,8 @@ import math
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
+from flwr_moe.arrays import values_of
+
 
 def check_reply(sent: RecordDict, reply: RecordDict) -> str | None:
     """Say what is wrong with a reply, or nothing.
@@ -39,7 +41,7 @@ def check_reply(sent: RecordDict, reply: RecordDict) -> str | None:
                     return reason
             for key, array in record.items():
                 try:
-                    values = np.asarray(array.numpy())
+                    values = np.asarray(values_of(array))
                 except Exception as err:  # whatever a broken node makes numpy's reader stumble on
                     return f"array '{record_key}/{key}' cannot be read: {err}"
                 if values.shape != tuple(array.shape):

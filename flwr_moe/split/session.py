@@ -15,15 +15,13 @@ import threading
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from flwr_moe.arrays import weighted_mean
+from flwr_moe.arrays import numpy_of, weighted_mean
 from flwr_moe.exchange.request import Refused
 from flwr_moe.split.codecs import Chain, CodecKey, Encoded, Role
 from flwr_moe.split.protocol import (
@@ -226,10 +224,10 @@ class SplitSession:
         for client in clients.values():
             with client.trunk.lock:  # a step that has begun is waited for
                 if client.done and self._copies:
-                    states.append(_arrays_of(client.trunk.half))
+                    states.append(numpy_of(client.trunk.half.state_dict()))
                     weights.append(client.examples * client.done / ended.batches)
         if states:
-            mean = weighted_mean(states, weights, like=_arrays_of(self._half))
+            mean = weighted_mean(states, weights, like=numpy_of(self._half.state_dict()))
             self._half.load_state_dict({key: torch.from_numpy(a) for key, a in mean.items()})
         return {partition: client.done for partition, client in clients.items()}
 
@@ -459,9 +457,3 @@ def _labels(tensors: Mapping[str, Tensor], count: int) -> Tensor:
             f"{count} samples"
         )
     return labels.long()
-
-
-def _arrays_of(half: nn.Module) -> dict[str, NDArray[Any]]:
-    """Return a half's state as numpy has it; bfloat16 as float32, which holds all of it."""
-    state = half.state_dict()
-    return {k: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for k, t in state.items()}

@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from flwr_moe.arrays import RunningMean, arrays_of, outline, record_of, unlike
+from flwr_moe.arrays import RunningMean, outline, record_of, unlike, values_of
 from flwr_moe.network import HorizonReached, SimulatedGrid
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.strategies.events import POLL_S, EventLoop
@@ -90,6 +90,7 @@ class StreamingFedAvg(FedAvg):
         for server_round in range(1, num_rounds + 1):
             log(INFO, "[ROUND %s/%s]", server_round, num_rounds)
             orders = self.configure_train(server_round, result.arrays, train_config, loop.grid)
+            self._model = outline(result.arrays)
             replies = self._replies(loop, list(orders), timeout, result)
             del orders
             arrays, metrics = self.aggregate_train(server_round, replies)
@@ -134,7 +135,7 @@ class StreamingFedAvg(FedAvg):
             (metrics,) = reply.content.metric_records.items()
             mean.begin(float(metrics[1][self.weighted_by_key]))  # type: ignore[arg-type]
             for key in list(record):
-                mean.fold(key, arrays_of(ArrayRecord({key: record.pop(key)}))[key])
+                mean.fold(key, values_of(record.pop(key)))
             told.append(RecordDict({metrics[0]: metrics[1]}))
         log(INFO, "aggregate_train: Received %s results", mean.count)
         if not mean.total:
@@ -150,7 +151,6 @@ class StreamingFedAvg(FedAvg):
         self, loop: _SlimLoop, orders: list[Message], timeout: float, result: Result
     ) -> Iterator[Message]:
         """Send the orders, and give usable replies one by one."""
-        self._model = outline(result.arrays)
         places = {n: node.partition_id for n, node in loop.grid.profiles().items()}
         orders.sort(key=lambda order: places.get(order.metadata.dst_node_id, math.inf))
         deadline = loop.now + timeout

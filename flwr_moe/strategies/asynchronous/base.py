@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.exception import InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAvg, Result
 
-from flwr_moe.arrays import Arrays, arrays_of, record_of, unlike
+from flwr_moe.arrays import Arrays, arrays_of, outline, record_of, unlike
 from flwr_moe.network import HorizonReached
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.wall_clock import MESSAGE_TTL_S
@@ -29,6 +29,7 @@ class _Run:
 
     loop: EventLoop
     arrays: Arrays
+    dtypes: ArrayRecord
     nodes: list[int]
     at_work: list[int]
     total: int
@@ -43,6 +44,10 @@ class _Run:
     # The round of every open evaluation message, and what has been answered of a round.
     evaluating: dict[str, int] = field(default_factory=dict)
     evaluations: dict[int, list[Message]] = field(default_factory=dict)
+
+    def record(self) -> ArrayRecord:
+        """Pack the model in the dtypes it began with."""
+        return record_of(self.arrays, like=self.dtypes)
 
 
 class AsyncStrategy(FedAvg):
@@ -150,6 +155,7 @@ class AsyncStrategy(FedAvg):
         run = _Run(
             loop=loop,
             arrays=arrays_of(initial_arrays),
+            dtypes=outline(initial_arrays),
             nodes=nodes,
             at_work=at_work,
             total=num_rounds * len(at_work),
@@ -176,7 +182,7 @@ class AsyncStrategy(FedAvg):
         if run.over:
             log(INFO, "%s: the time is over", type(self).__name__)
         self.events = dict(loop.events)
-        run.result.arrays = record_of(run.arrays)
+        run.result.arrays = run.record()
         return run.result
 
     def configure_evaluate(
@@ -200,9 +206,7 @@ class AsyncStrategy(FedAvg):
     def _dispatch(self, run: _Run, node_ids: Iterable[int]) -> None:
         """Send nodes to work on the model as it is now."""
         config = ConfigRecord({**run.train_config, "server-round": self.version})
-        record = RecordDict(
-            {self.arrayrecord_key: record_of(run.arrays), self.configrecord_key: config}
-        )
+        record = RecordDict({self.arrayrecord_key: run.record(), self.configrecord_key: config})
         messages = self._construct_messages(record, list(node_ids), MessageType.TRAIN)
         for message_id in self._send(run, list(messages)):
             run.training[message_id] = (self.version, run.arrays)
@@ -238,12 +242,12 @@ class AsyncStrategy(FedAvg):
 
     def _evaluate(self, run: _Run, server_round: int) -> None:
         if run.evaluate_fn is not None:
-            metrics = run.evaluate_fn(server_round, record_of(run.arrays))
+            metrics = run.evaluate_fn(server_round, run.record())
             if metrics is not None:
                 run.result.evaluate_metrics_serverapp[server_round] = metrics
 
     def _ask_for_evaluation(self, run: _Run, server_round: int) -> None:
-        arrays, config = record_of(run.arrays), run.evaluate_config
+        arrays, config = run.record(), run.evaluate_config
         messages = self.configure_evaluate(server_round, arrays, config, run.loop.grid)
         run.evaluating.update(dict.fromkeys(self._send(run, list(messages)), server_round))
 
