@@ -151,19 +151,15 @@ def spread(x: Tensor, kept_M: Tensor, num_experts: int) -> Tensor:
     return x.new_zeros(*x.shape[:-1], num_experts).index_copy(-1, kept_M, x)
 
 
-def _spread_scores(output: Any, kept_M: Tensor, num_experts: int) -> Any:
-    scores_TM, logits_TM = output
-    return spread(scores_TM, kept_M, num_experts), logits_TM
+def _spread_at(*places: int) -> Widen:
+    """Make a ``widen`` that spreads some tensors of a router's output and leaves the others."""
 
+    def widen(output: Any, kept_M: Tensor, num_experts: int) -> Any:
+        return tuple(
+            spread(x, kept_M, num_experts) if i in places else x for i, x in enumerate(output)
+        )
 
-def _spread_mask(output: Any, kept_M: Tensor, num_experts: int) -> Any:
-    mask, probability, logits = output
-    return spread(mask, kept_M, num_experts), probability, logits
-
-
-def _spread_mask_and_weights(output: Any, kept_M: Tensor, num_experts: int) -> Any:
-    mask, weights, logits = output
-    return spread(mask, kept_M, num_experts), spread(weights, kept_M, num_experts), logits
+    return widen
 
 
 def regroup(router: Any, num_experts: int, kept: Sequence[int]) -> None:
@@ -244,21 +240,21 @@ for _family in (
         router="router",
         logits=1,
         probabilities=normalised_sigmoid,
-        widen=_spread_scores,
+        widen=_spread_at(0),
     ),
     Family(
         "switch",
         ("SwitchTransformersSparseMLP",),
         router="router",
         gate="router.classifier",
-        widen=_spread_mask,
+        widen=_spread_at(0),
     ),
     Family(
         "nllb-moe",
         ("NllbMoeSparseMLP",),
         router="router",
         gate="router.classifier",
-        widen=_spread_mask_and_weights,
+        widen=_spread_at(0, 1),
         check=_check_nllb,
     ),
 ):

@@ -7,7 +7,7 @@ A part is a mapping from stable names, ``layer.{l}.expert.{e}.{part}``, to one e
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -142,14 +142,8 @@ class ExpertLayout:
             If `experts` are unknown, or a tensor of `state` is missing or has another shape.
         """
         part = {}
-        for i, e, name in self._named(self.select(experts)):
-            layer = self.moe_layers[i]
-            key = layer.state_key(e, name)
-            expected = layer.parts[name].shape
-            if layer.fused:
-                expected = (layer.num_experts, *expected)
-            source = _get(state, key, expected)
-            part[part_name(i, e, name)] = _copy(source[e] if layer.fused else source)
+        for i, (layer, ids) in enumerate(zip(self.moe_layers, self.select(experts), strict=True)):
+            part |= _copies(state, i, layer, {e: e for e in ids}, layer.num_experts)
         return part
 
     def put(self, state: State, part: State) -> dict[str, Any]:
@@ -235,11 +229,7 @@ class ExpertLayout:
         chosen = self.select(experts, empty_ok=False)
         part = {}
         for i, (layer, ids) in enumerate(zip(self.moe_layers, chosen, strict=True)):
-            for name, spec in layer.parts.items():
-                expected = (len(ids), *spec.shape) if layer.fused else spec.shape
-                for j, e in enumerate(ids):
-                    tensor = _get(sub_state, layer.state_key(j, name), expected)
-                    part[part_name(i, e, name)] = _copy(tensor[j] if layer.fused else tensor)
+            part |= _copies(sub_state, i, layer, {e: j for j, e in enumerate(ids)}, len(ids))
         return part
 
     def take_submodel(self, state: State, experts: Experts) -> dict[str, Any]:
@@ -249,12 +239,6 @@ class ExpertLayout:
     def submodel(self, model: nn.Module, experts: Experts) -> nn.Module:
         """Build a model that holds only `experts`; see `submodel.build_submodel`."""
         return build_submodel(model, self.moe_layers, self.select(experts, empty_ok=False))
-
-    def _named(self, chosen: list[list[int]]) -> Iterator[tuple[int, int, str]]:
-        for i, ids in enumerate(chosen):
-            for e in ids:
-                for name in self.moe_layers[i].parts:
-                    yield i, e, name
 
     def _find(self, name: str) -> tuple[int, int, TensorSpec, str]:
         match = PART_NAME.fullmatch(name)
@@ -273,6 +257,19 @@ class ExpertLayout:
 def part_name(layer: int, expert: int, part: str) -> str:
     """Stable name under which an expert's tensor travels."""
     return f"layer.{layer}.expert.{expert}.{part}"
+
+
+def _copies(
+    state: State, i: int, layer: MoELayer, place_of: Mapping[int, int], held: int
+) -> dict[str, Any]:
+    """Copy layer ``i``'s experts out of a state that holds ``held``, each at its place there."""
+    part = {}
+    for e, place in place_of.items():
+        for name, spec in layer.parts.items():
+            expected = (held, *spec.shape) if layer.fused else spec.shape
+            tensor = _get(state, layer.state_key(place, name), expected)
+            part[part_name(i, e, name)] = _copy(tensor[place] if layer.fused else tensor)
+    return part
 
 
 def _get(state: State, key: str, shape: tuple[int, ...]) -> Any:
