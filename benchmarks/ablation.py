@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 from flwr_moe.app.compare import DEFAULT_CLIENTS, run_one
-from flwr_moe.app.config import Settings
+from flwr_moe.app.settings import Settings
 
 VARIANTS: dict[str, dict[str, str | bool]] = {
     "default: random features, exact, shared frozen": {},

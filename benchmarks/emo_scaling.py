@@ -28,9 +28,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from flwr_moe.app.build_task import build_task
-from flwr_moe.app.config import Settings
-from flwr_moe.app.emo_system import load_ensemble
+from flwr_moe.app.emo import load_ensemble
+from flwr_moe.app.settings import Settings
+from flwr_moe.app.systems.emo import EMOSettings
+from flwr_moe.app.tasks import build_task
 from flwr_moe.overlay.block import encode, tap_output
 from flwr_moe.overlay.cache import ReplayCache
 from flwr_moe.overlay.ensemble import Ensemble
@@ -89,13 +90,15 @@ def main() -> int:
     alone = float((Ensemble(small, front).predict(x) == y).double().mean())
     points = []
     plans = [
-        (scaling, size, settings.emo_width) for scaling, sizes in SIZES.items() for size in sizes
+        (scaling, size, settings.of(EMOSettings).width)
+        for scaling, sizes in SIZES.items()
+        for size in sizes
     ]
     plans += [("wider", 3, width) for width in (16, 32, 96)]
     for scaling, size, width in plans:
         kind = scaling if scaling in SIZES else "vertical"
         tail = build_tail(shape, task.num_classes, kind, size, width, args.seed)
-        recipe = Recipe(settings.emo_learning_rate, args.steps)
+        recipe = Recipe(settings.of(EMOSettings).learning_rate, args.steps)
         began = time.perf_counter()
         Trainee(tail, recipe).train(cache.draw, args.steps, args.seed)
         took = time.perf_counter() - began

@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 from flwr_moe.app.compare import run_one
-from flwr_moe.app.config import Settings
+from flwr_moe.app.settings import Settings
 
 COMMON: dict[str, Any] = {
     "task": "cifar10",
@@ -29,27 +29,27 @@ COMMON: dict[str, Any] = {
     "batch-size": 32,
     "learning-rate": 0.003,
     "eval-every-minutes": 1e6,
-    "fedsl.cut": "features.1",
-    "fedsl.prune": 0.25,
-    "fedsl.bits": 8,
-    "fedsl.dropout": 0.36,
-    "fedsl.interval": 1,
-    "fedsl.server": "shared",
+    "split.cut": "features.1",
+    "split.prune": 0.25,
+    "split.bits": 8,
+    "split.dropout": 0.36,
+    "split.interval": 1,
+    "split.server": "shared",
 }
 SPLITFED = "SplitFed: nothing compressed"
 VARIANTS: dict[str, dict[str, Any]] = {
     SPLITFED: {},
     "FedSL: prune 0.25, 8 bits, dropout 0.36, cut features.1": {},
-    "prune 0": {"fedsl.prune": 0.0},
-    "prune 0.5": {"fedsl.prune": 0.5},
-    "4 bits": {"fedsl.bits": 4},
-    "16 bits": {"fedsl.bits": 16},
-    "dropout 0": {"fedsl.dropout": 0.0},
-    "dropout 0.7": {"fedsl.dropout": 0.7},
-    "cut features.0": {"fedsl.cut": "features.0"},
-    "cut features.2": {"fedsl.cut": "features.2"},
-    "average every 5 rounds": {"fedsl.interval": 5},
-    "a server half for each client": {"fedsl.server": "copies"},
+    "prune 0": {"split.prune": 0.0},
+    "prune 0.5": {"split.prune": 0.5},
+    "4 bits": {"split.bits": 4},
+    "16 bits": {"split.bits": 16},
+    "dropout 0": {"split.dropout": 0.0},
+    "dropout 0.7": {"split.dropout": 0.7},
+    "cut features.0": {"split.cut": "features.0"},
+    "cut features.2": {"split.cut": "features.2"},
+    "average every 5 rounds": {"split.interval": 5},
+    "a server half for each client": {"split.server": "copies"},
 }
 
 

@@ -65,7 +65,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     },
     **{f"texts-{name}": (name, TEXTS) for name in ("ems-fl", "fedavg", "fedasync", "fedmoe-da")},
 }
-SPLIT_SECTION = "fedsl"
+SPLIT_SECTION = "split"
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import json
 import sys
 
 from flwr_moe.app.compare import DEFAULT_CLIENTS, run_one
-from flwr_moe.app.config import Settings, parse_assignments
+from flwr_moe.app.settings import Settings, parse_assignments
 
 TUNING_SEED = 100
 

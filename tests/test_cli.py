@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flwr_moe.app.config import Settings
+from flwr_moe.app.settings import Settings
 from flwr_moe.cli import main
 from flwr_moe.report import write_results
 from tests.report.fakes import fake_run

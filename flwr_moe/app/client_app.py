@@ -8,9 +8,11 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from flwr_moe.app.build_task import build_task
-from flwr_moe.app.config import Settings
-from flwr_moe.app.emo_system import emo_tail, overlay_nodes
+from flwr_moe.app.emo import emo_tail
+from flwr_moe.app.registry import SYSTEMS
+from flwr_moe.app.settings import Settings
+from flwr_moe.app.systems.emo import EMOSettings
+from flwr_moe.app.tasks import build_task
 from flwr_moe.client_apps import build_client_app
 from flwr_moe.client_apps.node import partition_of
 from flwr_moe.tasks import Task
@@ -37,12 +39,12 @@ def make_client_app(settings: Settings | None = None) -> ClientApp:
     def task_of(context: Context) -> Task:
         run = settings_of(context)
         nodes = context.node_config.get("num-partitions", 0)
-        return _task(run, run.num_clients or int(nodes) - overlay_nodes(run))
+        return _task(run, run.num_clients or int(nodes) - SYSTEMS[run.system].extra_nodes(run))
 
     def speed_of(context: Context) -> float:
         run = settings_of(context)
         is_overlay = partition_of(context) >= task_of(context).num_clients
-        return run.steps_per_second * (run.emo_speedup if is_overlay else 1.0)
+        return run.steps_per_second * (run.of(EMOSettings).speedup if is_overlay else 1.0)
 
     def tail_of(context: Context) -> nn.Module:
         return emo_tail(settings_of(context), task_of(context))

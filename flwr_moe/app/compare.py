@@ -7,14 +7,12 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from flwr_moe.app.build_task import check_task, settle_experts
 from flwr_moe.app.client_app import make_client_app
-from flwr_moe.app.config import ConfigError, Settings
-from flwr_moe.app.emo_system import overlay_nodes
 from flwr_moe.app.links import build_links
+from flwr_moe.app.registry import LINKS, SYSTEMS
 from flwr_moe.app.runner import Progress, run_system, show_progress
-from flwr_moe.app.settings_network import LINKS
-from flwr_moe.app.systems import settle_judge
+from flwr_moe.app.settings import ConfigError, Settings
+from flwr_moe.app.tasks import check_task, settle_experts
 from flwr_moe.engines.flower import simulate
 from flwr_moe.report import (
     Results,
@@ -54,10 +52,10 @@ def run_compare(systems: list[str], settings: Settings, seeds: list[int], out: P
     ConfigError
         Before any training, if something does not fit.
     """
-    if settings.links == "real":
+    if LINKS[settings.links].build is None:
         raise ConfigError(
-            "links='real': compare simulates the network, expected one of "
-            + ", ".join(links for links in LINKS if links != "real")
+            f"links={settings.links!r}: compare simulates the network, expected one of "
+            + ", ".join(name for name, kind in LINKS.items() if kind.build)
         )
     settings = settings.replace(num_clients=settings.num_clients or DEFAULT_CLIENTS)
     for name in systems:
@@ -95,6 +93,16 @@ def run_compare(systems: list[str], settings: Settings, seeds: list[int], out: P
     return 0
 
 
+def settle_judge(settings: Settings, systems: list[str]) -> Settings:
+    """Decide whose held-out data global models are judged on, so that figures compare.
+
+    Personal systems know their clients' own data alone; beside others the task decides.
+    """
+    if settings.judge_on == "auto" and any(SYSTEMS[name].personal for name in systems):
+        return settings.replace(judge_on="own")
+    return settings
+
+
 def run_one(
     name: str,
     settings: Settings,
@@ -110,10 +118,10 @@ def run_one(
     run = settings.replace(system=name, seed=seed)
 
     def main(grid: Grid) -> RunRecord:
-        record = run_system(grid, name, run, seed, on_progress)
+        record = run_system(grid, run, seed, on_progress)
         on_end(record)
         return record
 
-    nodes = run.num_clients + overlay_nodes(run)
+    nodes = run.num_clients + SYSTEMS[name].extra_nodes(run)
     record: RunRecord = simulate(make_client_app(run), nodes, main)
     return record

@@ -11,6 +11,8 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flwr_moe.app.personal_judge import judge_clients
+from flwr_moe.app.settings import Settings
 from flwr_moe.app.tracker import Judge, Verdict
 from flwr_moe.client_apps.ems_fl.training import gate_inputs_by_batch
 from flwr_moe.experts import (
@@ -26,6 +28,16 @@ from flwr_moe.strategies.ems_fl.plan import Experts, assigned_affinity, own_expe
 from flwr_moe.tasks import Task
 from flwr_moe.training import Samples, accuracy_and_loss, predict
 from flwr_moe.training.samples import gate_view
+
+
+def judges_own(settings: Settings, task: Task) -> bool:
+    """Whether a global model is judged on each client's own held-out data apart."""
+    return task.own_tests if settings.judge_on == "auto" else settings.judge_on == "own"
+
+
+def judge_global(settings: Settings, task: Task) -> Judge:
+    """Judge a global model on the held-out data that the settings name."""
+    return judge_clients(task) if judges_own(settings, task) else judge_model(task)
 
 
 def judge_model(task: Task) -> Judge:

@@ -10,8 +10,7 @@ from contextlib import closing, contextmanager
 from logging import WARNING
 from pathlib import Path
 
-from flwr_moe.app.config import ConfigError, Settings
-from flwr_moe.app.settings_network import LOOPBACK
+from flwr_moe.app.settings import LOOPBACK, ConfigError, Settings
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.exchange.app import Handler
 from flwr_moe.network.flower_adapter import log

@@ -11,21 +11,17 @@ from typing import Any
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
-from flwr_moe.app.build_task import build_task
-from flwr_moe.app.config import Settings
-from flwr_moe.app.emo_system import edge_links, overlay_nodes
-from flwr_moe.app.links import build_links
 from flwr_moe.app.local_exchange import exchange_for
-from flwr_moe.app.spec import parse_utc
-from flwr_moe.app.systems import build_system
+from flwr_moe.app.registry import LINKS, SYSTEMS
+from flwr_moe.app.settings import Settings, parse_utc
+from flwr_moe.app.tasks import build_task
 from flwr_moe.app.tracker import Tracker
-from flwr_moe.app.tuned import train_config
+from flwr_moe.app.train_config import train_config
 from flwr_moe.network import (
     GatedGrid,
     HorizonReached,
     Links,
     MeteredGrid,
-    SatelliteLinks,
     SimulatedGrid,
     call_roll,
     with_wire_dtype,
@@ -39,7 +35,6 @@ START_PATIENCE_S = 300.0
 
 def run_system(
     grid: Grid,
-    system_name: str,
     settings: Settings,
     seed: int,
     on_progress: Progress | None = None,
@@ -50,10 +45,8 @@ def run_system(
     ----------
     grid : Grid
         Flower's own Grid, with one node per client.
-    system_name : str
-        What to run.
     settings : Settings
-        Everything else.
+        What to run, on what.
     seed : int
         Of data, model and training.
     on_progress : callable, optional
@@ -70,16 +63,18 @@ def run_system(
         If the settings do not fit the number of nodes or the network.
     """
     began = time.monotonic()
-    overlays = overlay_nodes(settings)
-    expected = settings.num_clients + overlays if settings.num_clients else 0
-    num_clients = count_nodes(grid, expected) - overlays
+    kind = SYSTEMS[settings.system]
+    others = kind.extra_nodes(settings)
+    expected = settings.num_clients + others if settings.num_clients else 0
+    num_clients = count_nodes(grid, expected) - others
     settings.validate_for(num_clients)
     # Ray starts its processes from another thread by forking, and a fork while this one is inside
     # BLAS never returns. Once a node has answered, Ray is up: nothing heavy may come before that.
     nodes = call_roll(grid, timeout=START_PATIENCE_S)
-    links = None if settings.links == "real" else build_links(settings, num_clients)
+    build_links = LINKS[settings.links].build
+    links = build_links(settings, num_clients) if build_links else None
     task = build_task(settings, settings.num_clients or num_clients, seed)
-    system = build_system(system_name, settings, task, seed)
+    system = kind.build(settings, task, seed)
     last: list[HistoryRow] = []
 
     def advance(now_s: float) -> None:
@@ -89,19 +84,20 @@ def run_system(
     horizon_s = settings.horizon_hours * 3600
     network = with_wire_dtype(build_network(grid, links, settings, advance), settings.wire_dtype)
     tracker = Tracker(
-        system_name, seed, network, system.judge, settings.eval_every_minutes * 60, last.append
+        settings.system, seed, network, system.judge, settings.eval_every_minutes * 60, last.append
     )
     with contextlib.ExitStack() as stack:
-        if system.connect is not None:
+        if system.handlers is not None:
             urls = [node.exchange_url for node in nodes.values()]
-            system.connect(*stack.enter_context(exchange_for(settings, system.handlers, urls)))
+            at = stack.enter_context(exchange_for(settings, system.handlers, urls))
+            system.strategy.exchange_url, system.strategy.exchange_token = at
         stack.enter_context(contextlib.suppress(HorizonReached))
         system.strategy.start(
             grid=network,
             initial_arrays=ArrayRecord(task.warm_model().state_dict()),
             num_rounds=settings.num_rounds or MANY_ROUNDS,
             timeout=horizon_s,
-            train_config=train_config(settings, system_name, seed),
+            train_config=train_config(settings, seed),
             evaluate_fn=tracker,
         )
     tracker.finish()
@@ -121,7 +117,7 @@ def run_system(
     }
     weights = {key: array.numpy() for key, array in tracker.arrays.items()}
     return RunRecord(
-        system=system_name,
+        system=settings.system,
         seed=seed,
         history=tracker.rows,
         summary=summary,
@@ -150,7 +146,7 @@ def build_network(
     horizon_s = settings.horizon_hours * 3600
     if links is None:
         return MeteredGrid(grid, horizon_s=horizon_s, on_advance=on_advance)
-    links = edge_links(links, settings)
+    links = SYSTEMS[settings.system].links(links, settings)
     speed = settings.steps_per_second
     if settings.clock == "wall":
         # At the speed of time the pass table holds as it is; a rehearsal begins at its start.
@@ -199,11 +195,12 @@ def count_nodes(grid: Grid, expected: int, patience_s: float = 30.0, quiet_s: fl
 
 
 def _passes(links: Links | None, settings: Settings) -> list[dict[str, float]]:
-    if not isinstance(links, SatelliteLinks):
+    windows = getattr(links, "windows", None)
+    if windows is None:
         return []
     return [
         {"cluster": site, "rise-s": rise, "set-s": end}
         for site in range(settings.num_clusters)
-        for rise, end in links.windows(site)
+        for rise, end in windows(site)
         if rise < settings.horizon_hours * 3600
     ]

@@ -61,7 +61,7 @@ class _Parser(argparse.ArgumentParser):
         text = super().format_help()
         if not self.lists_settings:
             return text
-        from flwr_moe.app.config import settings_help
+        from flwr_moe.app.settings import settings_help
 
         return f"{text}\nsettings for --set [default]:\n{settings_help()}\n"
 

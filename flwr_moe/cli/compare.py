@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flwr_moe.app.config import Settings
+    from flwr_moe.app.settings import Settings
 
 _DEMO_SYSTEMS = ["ems-fl", "fedavg", "fedasync"]
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_demo(options: argparse.Namespace) -> int:
     """Run EMS-FL against FedAvg and FedAsync."""
-    from flwr_moe.app.config import Settings
+    from flwr_moe.app.settings import Settings
 
     return _run(_DEMO_SYSTEMS, Settings(), 1, options.out)
 
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     ValueError
         On bad input, in one line.
     """
-    from flwr_moe.app.config import ConfigError
+    from flwr_moe.app.settings import ConfigError
 
     settings = settings_of(options, "task", "links", "data")
     if any(pair.partition("=")[0].strip() == "system" for pair in options.set):
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 def settings_of(options: argparse.Namespace, *flags: str) -> Settings:
     """Read ``--set``, and the flags that stand for settings of the same name."""
-    from flwr_moe.app.config import Settings, Value, check_data, parse_assignments
+    from flwr_moe.app.settings import Settings, Value, check_data, parse_assignments
 
     given: dict[str, Value] = {**parse_assignments(options.set)}
     given |= {flag: value for flag in flags if (value := getattr(options, flag)) is not None}

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 def _task_table(settings: Any) -> list[CutCost]:
     import torch
 
-    from flwr_moe.app.build_task import build_task
+    from flwr_moe.app.tasks import build_task
     from flwr_moe.split.costs import cut_table
 
     settings = settings.replace(system="fedsl")

@@ -10,9 +10,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from PIL import Image
 
-from flwr_moe.app.build_task import build_task, check_task
-from flwr_moe.app.config import ConfigError, Settings
-from flwr_moe.app.tuned import TUNED, train_config
+from flwr_moe.app.registry import SYSTEMS
+from flwr_moe.app.settings import ConfigError, Settings
+from flwr_moe.app.tasks import build_task, check_task
+from flwr_moe.app.train_config import train_config
 from flwr_moe.cli import main
 from flwr_moe.client_apps import build_client_app
 from flwr_moe.client_apps.training import train_by_order
@@ -120,9 +121,9 @@ def test_the_command_refuses_missing_data_in_one_line(tmp_path, capsys):
 
 
 def test_images_are_not_trained_as_warm_started_digits(data):
-    rate = train_config(images(data), "fedavg", 0)["learning-rate"]
-    assert rate == train_config(Settings(partition="iid"), "fedavg", 0)["learning-rate"]
-    assert rate != TUNED["fedavg"].learning_rate
+    rate = train_config(images(data).replace(system="fedavg"), 0)["learning-rate"]
+    assert rate == train_config(Settings(partition="iid", system="fedavg"), 0)["learning-rate"]
+    assert rate != SYSTEMS["fedavg"].tuned["warm"].learning_rate
 
 
 @pytest.mark.parametrize("augment", [False, True])

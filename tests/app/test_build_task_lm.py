@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from flwr_moe.app.build_task import build_task, check_task, settle_experts
 from flwr_moe.app.client_app import make_client_app
-from flwr_moe.app.config import ConfigError, Settings
 from flwr_moe.app.runner import run_system
-from flwr_moe.app.split_systems import build_split
+from flwr_moe.app.settings import ConfigError, Settings
+from flwr_moe.app.systems.split import build_split
+from flwr_moe.app.tasks import build_task, check_task, settle_experts
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.report import RunRecord
 from flwr_moe.tasks.lm_tokens import TokenFile
@@ -55,7 +55,7 @@ def book(folder: Path, kind: str, **more: Any) -> Settings:
         num_test=20,
         ems_fl_num_features=16,
         fedmoe_da_relay=True,
-        fedsl_interval=1,
+        split_interval=1,
         lora_rank=2,
         lora_targets="q_proj,v_proj",
     )
@@ -66,7 +66,7 @@ def run(system: str, settings: Settings) -> RunRecord:
     check_task(settings, [system], settings.num_clients)
     settings = settle_experts(settings, [system]).replace(system=system)
     grid = LocalGrid(make_client_app(settings), settings.num_clients)
-    return run_system(grid, system, settings, settings.seed)
+    return run_system(grid, settings, settings.seed)
 
 
 def test_settings_reach_the_task(folder: Path) -> None:
@@ -76,7 +76,7 @@ def test_settings_reach_the_task(folder: Path) -> None:
     assert (task.seed, task.partition, task.length, task.num_clusters) == (3, "iid", 8, 2)
     assert (task.lora.targets, task.lora.rank, task.lora.alpha) == (("q_proj", "v_proj"), 2, 6)
     # The default, a gate for a text as a whole, would see the tokens to be guessed.
-    assert (settings.lora_gate, task.lora.gate) == ("sequence", "token")
+    assert (settings["lora.gate"], task.lora.gate) == ("sequence", "token")
     assert (task.lora.num_experts, task.lora.top_k) == (4, 2)
     assert sum(len(task.train_data(p)) for p in range(4)) == 40
     assert sum(map(len, task.test_data())) == 20
@@ -91,7 +91,7 @@ def test_settings_reach_the_task(folder: Path) -> None:
         ("ems-fl", "qwen3-moe", {}),
         ("fedmoe-da", "qwen3-moe", {}),
         ("fedavg", "gpt2", {"lora_targets": "c_attn"}),
-        ("fedsl", "gpt2", {"fedsl_cut": "decoder.transformer.h.0"}),
+        ("fedsl", "gpt2", {"split_cut": "decoder.transformer.h.0"}),
     ],
 )
 def test_systems_train_a_pretrained_model(
@@ -114,11 +114,11 @@ def test_systems_train_a_pretrained_model(
 
 def test_halves_of_a_pretrained_decoder_are_cut_between_its_blocks(folder: Path) -> None:
     settings = settle_experts(book(folder, "llama"), ["fedsl"]).replace(system="fedsl")
-    split = build_split("fedsl", settings, build_task(settings, 2, 0), 0).split
+    split = build_split(settings, build_task(settings, 2, 0), 0).split
     assert split.at == "decoder.model.layers.0"
     wrong = settings.replace(model=str(folder / "gpt2"))
     with pytest.raises(ConfigError, match=r"possible, nearest .*decoder\.transformer\.h\.0"):
-        build_split("fedsl", wrong, build_task(wrong, 2, 0), 0)
+        build_split(wrong, build_task(wrong, 2, 0), 0)
 
 
 @pytest.mark.parametrize(

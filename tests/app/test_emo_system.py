@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from flwr_moe.app.build_task import build_task
 from flwr_moe.app.client_app import make_client_app
-from flwr_moe.app.config import Settings
-from flwr_moe.app.emo_system import emo_controller, load_ensemble, overlay_nodes
+from flwr_moe.app.emo import load_ensemble
+from flwr_moe.app.registry import SYSTEMS
 from flwr_moe.app.runner import run_system
-from flwr_moe.app.spec import ConfigError
-from flwr_moe.app.systems import build_system
+from flwr_moe.app.settings import ConfigError, Settings
+from flwr_moe.app.systems.emo import emo_controller
+from flwr_moe.app.tasks import build_task
 from flwr_moe.overlay.controller import Convergence, EveryRound, FixedPeriod
 from flwr_moe.report import RunRecord, write_results
 from tests.local_grid import LocalGrid
@@ -37,9 +37,9 @@ SMALL = Settings(
 
 
 def record(settings: Settings) -> RunRecord:
-    nodes = settings.num_clients + overlay_nodes(settings)
+    nodes = settings.num_clients + SYSTEMS[settings.system].extra_nodes(settings)
     grid = LocalGrid(make_client_app(settings), nodes)
-    return run_system(grid, settings.system, settings, settings.seed)
+    return run_system(grid, settings, settings.seed)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +91,9 @@ def test_controllers_by_name(name: str, expected: object) -> None:
 def test_a_tap_that_is_none_is_named() -> None:
     settings = SMALL.replace(emo_tap="nowhere")
     with pytest.raises(ConfigError, match=r"emo\.tap='nowhere'.*no cut after"):
-        build_system("emo", settings, build_task(settings, 3, 0), 0)
+        SYSTEMS["emo"].build(settings, build_task(settings, 3, 0), 0)
 
 
 def test_other_systems_have_no_overlays() -> None:
-    assert overlay_nodes(SMALL) == 2
-    assert overlay_nodes(SMALL.replace(system="fedavg")) == 0
+    assert SYSTEMS["emo"].extra_nodes(SMALL) == 2
+    assert SYSTEMS["fedavg"].extra_nodes(SMALL) == 0

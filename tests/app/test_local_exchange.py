@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from flwr_moe.app.compare import run_compare
-from flwr_moe.app.config import ConfigError, Settings
 from flwr_moe.app.local_exchange import exchange_for, parse_listen
+from flwr_moe.app.settings import ConfigError, Settings
 from flwr_moe.exchange import ExchangeClient, RefusedByServer, Unreachable
 from tests.exchange.test_tls import Authority
 

@@ -9,14 +9,15 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from torch import nn
 
-from flwr_moe.app.config import Settings
+from flwr_moe.app.compare import settle_judge
+from flwr_moe.app.judge import judge_global
 from flwr_moe.app.personal_judge import (
     after_local_round,
     judge_clients,
     judge_personal,
     mean_over_clients,
 )
-from flwr_moe.app.systems import build_system, settle_judge
+from flwr_moe.app.settings import Settings
 from flwr_moe.training import Samples
 
 NOTHING = Samples(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
@@ -179,5 +180,5 @@ def test_systems_that_are_compared_are_judged_alike(
     task = FakeTask(TASK.tests)
     task.own_tests = own_tests
     settings = settle_judge(Settings(judge_on=judge_on), systems)
-    verdict = build_system("fedavg", settings, task, 0).judge(arrays(0, 2))
+    verdict = judge_global(settings, task)(arrays(0, 2))
     assert verdict()[0] == pytest.approx(expected)

@@ -12,10 +12,10 @@ from safetensors.numpy import load_file
 
 from flwr_moe.app.client_app import make_client_app
 from flwr_moe.app.compare import run_compare
-from flwr_moe.app.config import Settings
+from flwr_moe.app.registry import SYSTEMS
 from flwr_moe.app.runner import count_nodes, run_system
-from flwr_moe.app.spec import ConfigError
-from flwr_moe.app.tuned import TUNED, train_config
+from flwr_moe.app.settings import ConfigError, Settings
+from flwr_moe.app.train_config import train_config
 from flwr_moe.report import RunRecord
 from tests.local_grid import LocalGrid
 
@@ -34,7 +34,7 @@ SMALL = Settings(
 def run(system: str, settings: Settings = SMALL, seed: int = 0) -> RunRecord:
     settings = settings.replace(system=system, seed=seed)
     grid = LocalGrid(make_client_app(settings), settings.num_clients)
-    return run_system(grid, system, settings, seed)
+    return run_system(grid, settings, seed)
 
 
 @pytest.mark.parametrize("system", ["ems-fl", "fedavg", "fedavg-until-pass", "fedasync", "fedbuff"])
@@ -82,7 +82,7 @@ def test_too_few_nodes_for_the_clusters() -> None:
     settings = SMALL.replace(num_clients=0, num_clusters=3, num_experts=6)
     grid = LocalGrid(make_client_app(settings), 2)
     with pytest.raises(ConfigError, match="2"):
-        run_system(grid, "ems-fl", settings, 0)
+        run_system(grid, settings, 0)
     assert not grid.executed
 
 
@@ -92,12 +92,13 @@ def test_count_nodes_gives_up_and_tells_how_many_came() -> None:
 
 
 def test_zero_settings_become_the_tuned_ones() -> None:
-    config = train_config(Settings(), "fedavg", 7)
-    assert config["learning-rate"] == TUNED["fedavg"].learning_rate
-    assert config["local-steps"] == TUNED["fedavg"].local_steps
-    config = train_config(Settings(learning_rate=0.5, local_steps=3), "fedavg", 7)
+    config = train_config(Settings(system="fedavg"), 7)
+    tuned = SYSTEMS["fedavg"].tuned["warm"]
+    assert config["learning-rate"] == tuned.learning_rate
+    assert config["local-steps"] == tuned.local_steps
+    config = train_config(Settings(system="fedavg", learning_rate=0.5, local_steps=3), 7)
     assert (config["learning-rate"], config["local-steps"], config["seed"]) == (0.5, 3, 7)
-    assert train_config(Settings(local_steps=3), "ems-fl", 0)["local-steps"] == 0
+    assert train_config(Settings(local_steps=3), 0)["local-steps"] == 0
 
 
 @pytest.mark.ray

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flwr_moe.app.build_task import build_task
 from flwr_moe.app.client_app import make_client_app
 from flwr_moe.app.compare import run_compare
-from flwr_moe.app.config import Settings
+from flwr_moe.app.registry import SYSTEMS, TASKS
 from flwr_moe.app.runner import run_system
-from flwr_moe.app.spec import ConfigError
-from flwr_moe.app.split_systems import CUTS, SPLIT_SYSTEMS, TOP_CUTS, build_split
+from flwr_moe.app.settings import ConfigError, Settings
+from flwr_moe.app.systems.split import SplitSettings, build_split
+from flwr_moe.app.tasks import build_task
 from flwr_moe.report import RunRecord
 from flwr_moe.tasks.vgg import VGG
 from tests.local_grid import LocalGrid
@@ -29,7 +29,7 @@ SMALL = Settings(
     local_steps=3,
     links="wireless",
     partition="iid",  # starts untrained, which saves the warm start
-    fedsl_interval=2,
+    split_interval=2,
     eval_every_minutes=0,
 )
 
@@ -37,7 +37,7 @@ SMALL = Settings(
 def run(system: str, **changes: Any) -> RunRecord:
     settings = SMALL.replace(system=system, **changes)
     grid = LocalGrid(make_client_app(settings), settings.num_clients)
-    return run_system(grid, system, settings, 0)
+    return run_system(grid, settings, 0)
 
 
 def test_splitfed_learns_what_fedavg_learns_and_its_devices_work_less() -> None:
@@ -66,10 +66,10 @@ def test_fedsl_moves_less_than_splitfed_and_both_repeat() -> None:
 
 
 def test_a_shared_server_half_and_clipping_come_from_the_settings() -> None:
-    settings = SMALL.replace(fedsl_server="shared", fedsl_clip=0.5, fedsl_server_speedup=7.0)
-    strategy = build_split("fedsl", settings, build_task(settings, 4, 0), 0)
+    settings = SMALL.replace(split_server="shared", split_clip=0.5, split_server_speedup=7.0)
+    strategy = build_split(settings, build_task(settings, 4, 0), 0)
     assert (strategy.server, strategy.clip, strategy.server_speedup) == ("shared", 0.5, 7.0)
-    assert run("fedsl", fedsl_server="shared").summary["updates"] == 8
+    assert run("fedsl", split_server="shared").summary["updates"] == 8
 
 
 def test_labels_may_stay_on_the_devices() -> None:
@@ -79,15 +79,17 @@ def test_labels_may_stay_on_the_devices() -> None:
         def build_model(self) -> VGG:
             return VGG("vgg-small", width=0.25)
 
-    settings = SMALL.replace(task="cifar10", fedsl_labels="client")
-    for name in SPLIT_SYSTEMS:
-        split = build_split(name, settings, Images(), 0).split  # type: ignore[arg-type]
+    settings = SMALL.replace(task="cifar10", split_labels="client")
+    names = [name for name, kind in SYSTEMS.items() if kind.section is SplitSettings]
+    assert names == ["splitfed", "fedsl"]
+    for name in names:
+        split = build_split(settings.replace(system=name), Images(), 0).split  # type: ignore[arg-type]
         assert split.head is not None
-        assert (split.at, split.top_cut) == (CUTS["cifar10"], TOP_CUTS["cifar10"])
-    split = build_split("fedsl", settings.replace(fedsl_top_cut="features.2"), Images(), 0).split  # type: ignore[arg-type]
+        assert (split.at, split.top_cut) == (TASKS["cifar10"].cut, TASKS["cifar10"].top_cut)
+    split = build_split(settings.replace(split_top_cut="features.2"), Images(), 0).split  # type: ignore[arg-type]
     assert split.head is not None
     assert split.top_cut == "features.2"
-    digits = build_split("fedsl", SMALL.replace(fedsl_labels="client"), build_task(SMALL, 4, 0), 0)
+    digits = build_split(SMALL.replace(split_labels="client"), build_task(SMALL, 4, 0), 0)
     assert digits.split.head is not None
     assert (digits.split.at, digits.split.top_cut) == ("stem", "mix")
 
@@ -95,23 +97,23 @@ def test_labels_may_stay_on_the_devices() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"fedsl_cut": "nowhere"}, "fedsl.cut='nowhere': no cut after 'nowhere'"),
-        ({"fedsl_bits": 1}, r"fedsl.bits=1: expected 0 \(not quantised\) or 2 to 16"),
-        ({"fedsl_bits": 17}, "fedsl.bits=17: expected a whole number at least 0 and at most 16"),
-        ({"fedsl_prune": 1.0}, "fedsl.prune=1.0: expected a number at least 0 and below 1"),
-        ({"fedsl_dropout": 1.0}, "fedsl.dropout=1.0: expected a number at least 0 and below 1"),
-        ({"fedsl_server": "both"}, "fedsl.server='both' is unknown"),
-        ({"fedsl_labels": "both"}, "fedsl.labels='both' is unknown"),
+        ({"split_cut": "nowhere"}, "split.cut='nowhere': no cut after 'nowhere'"),
+        ({"split_bits": 1}, r"split.bits=1: expected 0 \(not quantised\) or 2 to 16"),
+        ({"split_bits": 17}, "split.bits=17: expected a whole number at least 0 and at most 16"),
+        ({"split_prune": 1.0}, "split.prune=1.0: expected a number at least 0 and below 1"),
+        ({"split_dropout": 1.0}, "split.dropout=1.0: expected a number at least 0 and below 1"),
+        ({"split_server": "both"}, "split.server='both' is unknown"),
+        ({"split_labels": "both"}, "split.labels='both' is unknown"),
         (
-            {"fedsl_labels": "client", "fedsl_cut": "mix"},
-            "fedsl.cut='mix', fedsl.top-cut='mix': no top cut: the model cannot be cut a second",
+            {"split_labels": "client", "split_cut": "mix"},
+            "split.cut='mix', split.top-cut='mix': no top cut: the model cannot be cut a second",
         ),
-        ({"fedsl_top_cut": "stem"}, "top_cut is 'stem', expected none unless labels is 'client'"),
+        ({"split_top_cut": "stem"}, "top_cut is 'stem', expected none unless labels is 'client'"),
     ],
 )
 def test_bad_settings_are_one_clear_line(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        build_split("fedsl", SMALL.replace(**changes), build_task(SMALL, 4, 0), 0)
+        build_split(SMALL.replace(**changes), build_task(SMALL, 4, 0), 0)
 
 
 @pytest.mark.ray
@@ -121,7 +123,7 @@ def test_compare_runs_through_flowers_engine(tmp_path: Path) -> None:
     assert run_compare(["fedsl"], settings, [0], out) == 0
     (summary,) = json.loads((out / "summary.json").read_text())["systems"]["fedsl"]
     grid = LocalGrid(make_client_app(settings.replace(system="fedsl")), 2)
-    local = run_system(grid, "fedsl", settings.replace(system="fedsl"), 0)
+    local = run_system(grid, settings.replace(system="fedsl"), 0)
     assert summary["final-accuracy"] == local.history[-1].accuracy
     assert summary["bytes-by-kind"] == local.summary["bytes-by-kind"]
     assert summary["device-steps"] == 6

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from flwr_moe.app.build_task import build_task, check_task, settle_experts
 from flwr_moe.app.client_app import make_client_app
-from flwr_moe.app.config import ConfigError, Settings
-from flwr_moe.app.emo_system import load_ensemble, overlay_nodes
+from flwr_moe.app.emo import load_ensemble
+from flwr_moe.app.registry import SYSTEMS
 from flwr_moe.app.runner import run_system
-from flwr_moe.app.split_systems import build_split
-from flwr_moe.app.tuned import TUNED_TEXT_PLAIN, train_config
+from flwr_moe.app.settings import ConfigError, Settings
+from flwr_moe.app.systems.split import build_split
+from flwr_moe.app.tasks import build_task, check_task, settle_experts
+from flwr_moe.app.train_config import train_config
 from flwr_moe.cli import cuts as cli_cuts
 from flwr_moe.report import RunRecord, write_results
 from tests.local_grid import LocalGrid
@@ -57,7 +58,7 @@ def news(folder: Path, **more: Any) -> Settings:
         emo_width=8,
         emo_size=1,
         emo_period=1,
-        fedsl_interval=1,
+        split_interval=1,
     )
     return small.replace(**more)
 
@@ -70,12 +71,14 @@ def book(folder: Path, **more: Any) -> Settings:
 def run(system: str, settings: Settings) -> RunRecord:
     settings = settle_experts(settings, [system, "fedsl"] if system == "fedavg" else [system])
     settings = settings.replace(system=system)
-    grid = LocalGrid(make_client_app(settings), settings.num_clients + overlay_nodes(settings))
-    return run_system(grid, system, settings, settings.seed)
+    grid = LocalGrid(
+        make_client_app(settings), settings.num_clients + SYSTEMS[system].extra_nodes(settings)
+    )
+    return run_system(grid, settings, settings.seed)
 
 
 def test_halves_of_an_encoder_are_trained_pruned_and_compressed(folder: Path) -> None:
-    record, batches = run("fedsl", news(folder, fedsl_prune=0.5)), 2 * 2 * 3
+    record, batches = run("fedsl", news(folder, split_prune=0.5)), 2 * 2 * 3
     assert record.summary["server-half-batches"] == batches
     assert sum(record.summary["events"].values()) == 0
     assert record.history[-1].loss != record.history[0].loss
@@ -102,10 +105,10 @@ def test_halves_of_a_decoder_learn_what_fedavg_learns(folder: Path) -> None:
 
 
 def test_labels_of_texts_may_stay_on_the_devices(folder: Path) -> None:
-    record = run("fedsl", book(folder, fedsl_labels="client", num_rounds=1))
+    record = run("fedsl", book(folder, split_labels="client", num_rounds=1))
     assert record.summary["server-half-batches"] == 2 * 3
-    settings = news(folder, fedsl_labels="client", system="fedsl")
-    split = build_split("fedsl", settings, build_task(settings, 2, 0), 0).split
+    settings = news(folder, split_labels="client", system="fedsl")
+    split = build_split(settings, build_task(settings, 2, 0), 0).split
     assert split.head is not None
     assert (split.at, split.top_cut) == ("top.encoder.layer.0", "top.encoder.layer.1")
 
@@ -137,8 +140,8 @@ def test_what_is_compared_trains_the_same_model(folder: Path) -> None:
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     assert all(p.requires_grad for p in plain[0].build_model().parameters())
     assert (
-        train_config(decided, "fedavg", 0)["learning-rate"]
-        == TUNED_TEXT_PLAIN["fedavg"].learning_rate
+        train_config(decided.replace(system="fedavg"), 0)["learning-rate"]
+        == SYSTEMS["fedavg"].tuned["plain"].learning_rate
     )
 
 
@@ -163,11 +166,11 @@ def test_bad_cuts_list_the_possible_ones(folder: Path) -> None:
         (news(folder), "top.encoder.layer.0, top.encoder.layer.1"),
         (book(folder), "decoder.model.layers.1, decoder.model.layers.0"),
     ):
-        wrong = settings.replace(fedsl_cut="layers.1", system="fedsl")
+        wrong = settings.replace(split_cut="layers.1", system="fedsl")
         with pytest.raises(
             ConfigError, match=r"no cut after 'layers\.1'; possible, nearest"
         ) as told:
-            build_split("fedsl", wrong, build_task(wrong, 2, 0), 0)
+            build_split(wrong, build_task(wrong, 2, 0), 0)
         assert set(possible.split(", ")) <= set(str(told.value).replace(", ", " ").split())
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from flwr_moe.app.build_task import build_task, check_task
 from flwr_moe.app.client_app import make_client_app
 from flwr_moe.app.compare import run_one
-from flwr_moe.app.config import Settings
+from flwr_moe.app.registry import SYSTEMS
 from flwr_moe.app.runner import run_system
-from flwr_moe.app.tuned import TUNED_TEXT, train_config
+from flwr_moe.app.settings import Settings
+from flwr_moe.app.tasks import build_task, check_task
+from flwr_moe.app.train_config import train_config
 from flwr_moe.client_apps.ems_fl.training import statistics_cost
 from flwr_moe.experts import ExpertLayout, GateStatistics, RandomFeatures
 from flwr_moe.messages.ems_fl import GateFigures, GateQuestion
@@ -63,7 +64,7 @@ def news(folder: Path, **more: object) -> Settings:
 def run(system: str, settings: Settings) -> RunRecord:
     settings = settings.replace(system=system)
     grid = LocalGrid(make_client_app(settings), settings.num_clients)
-    return run_system(grid, system, settings, settings.seed)
+    return run_system(grid, settings, settings.seed)
 
 
 @pytest.mark.parametrize(
@@ -193,8 +194,8 @@ def test_what_does_not_fit_shows_before_the_start(
 
 
 def test_texts_have_step_sizes_of_their_own(folder: Path) -> None:
-    config = train_config(news(folder), "fedasync", 0)
-    assert config["learning-rate"] == TUNED_TEXT["fedasync"].learning_rate
+    config = train_config(news(folder, system="fedasync"), 0)
+    assert config["learning-rate"] == SYSTEMS["fedasync"].tuned["lora"].learning_rate
 
 
 @pytest.mark.ray

@@ -1,10 +1,8 @@
-"""EMO as a system: its overlays, tail, controller and judge, and its ensemble from disk."""
+"""What the system emo takes beside its strategy: tail, links, judge, and an ensemble from disk."""
 
 from __future__ import annotations
 
 import math
-import tempfile
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,35 +10,25 @@ from typing import Any
 
 import torch
 from flwr.app import ArrayRecord
-from flwr.serverapp.strategy import FedAvg, Strategy
 from safetensors.torch import load_file
 from torch import nn
 
-from flwr_moe.app.build_task import build_task
-from flwr_moe.app.config import Settings
-from flwr_moe.app.spec import ConfigError
-from flwr_moe.app.split_systems import CUTS
+from flwr_moe.app.settings import ConfigError, Settings
+from flwr_moe.app.systems.emo import EMOSettings
+from flwr_moe.app.tasks import build_task, task_kind
 from flwr_moe.app.tracker import Verdict
-from flwr_moe.network import FixedLinks, Links, NodeProfile
+from flwr_moe.network import Links, NodeProfile
 from flwr_moe.overlay.block import tap_output
-from flwr_moe.overlay.controller import Controller, Convergence, EveryRound, FixedPeriod
 from flwr_moe.overlay.ensemble import Ensemble
 from flwr_moe.overlay.tails import build_tail
-from flwr_moe.overlay.training import Recipe
 from flwr_moe.report import load_results
 from flwr_moe.split.cut import split_model
-from flwr_moe.strategies import FedAsync
 from flwr_moe.strategies.emo.strategy import EMO
 from flwr_moe.tasks import Task
 from flwr_moe.training import accuracy_and_loss, predict
 
 OVERLAY = "overlay"
 TAIL, WEIGHTS, THRESHOLD = "emo.tail.", "emo.weights", "emo.threshold"
-
-
-def overlay_nodes(settings: Settings) -> int:
-    """How many nodes there are beside the clients: the overlays, if the system has any."""
-    return settings.emo_overlays if settings.system == "emo" else 0
 
 
 def emo_tap(settings: Settings) -> str:
@@ -51,7 +39,7 @@ def emo_tap(settings: Settings) -> str:
     ConfigError
         If neither the settings nor the task name one.
     """
-    tap = settings.emo_tap or CUTS.get(settings.task, "")
+    tap = settings.of(EMOSettings).tap or task_kind(settings).cut
     if not tap:
         raise ConfigError(f"emo.tap is empty: expected a layer, task {settings.task} has no tap")
     return tap
@@ -65,30 +53,20 @@ def emo_tail(settings: Settings, task: Task) -> nn.Module:
     ConfigError
         If the model has no such tap or the tail does not fit.
     """
+    own = settings.of(EMOSettings)
     model, example = task.warm_model(), task.public_data().x[:1]
     try:
         front = split_model(model, emo_tap(settings), example).client
         return build_tail(
             tap_output(front, example).shape[1:],
             task.num_classes,
-            settings.emo_scaling,
-            settings.emo_size,
-            settings.emo_width,
+            own.scaling,
+            own.size,
+            own.width,
             settings.seed,
         )
     except ValueError as error:
         raise ConfigError(f"emo.tap={emo_tap(settings)!r}: {error}") from None
-
-
-def emo_controller(settings: Settings) -> Controller:
-    """Build the refresh controller that the settings name."""
-    budget = int(settings.emo_budget_mb * 1e6)
-    if settings.emo_controller == "every-round":
-        return EveryRound(budget)
-    if settings.emo_controller == "fixed":
-        return FixedPeriod(settings.emo_period, budget)
-    shortest = settings.emo_period
-    return Convergence(shortest, 8 * shortest, last_round=settings.num_rounds, budget_bytes=budget)
 
 
 @dataclass(frozen=True)
@@ -116,56 +94,6 @@ class EdgeLinks:
 
     def _of(self, node: NodeProfile) -> Links:
         return self.overlays if node.role == OVERLAY else self.devices
-
-
-def edge_links(links: Links, settings: Settings) -> Links:
-    """Give the overlays, if there are any, a wire to the server."""
-    if not overlay_nodes(settings):
-        return links
-    return EdgeLinks(links, FixedLinks(settings.emo_backhaul_bps, 0.01))
-
-
-def build_emo(settings: Settings, task: Task, seed: int) -> tuple[EMO, EMOJudge]:
-    """Build the strategy, and its judge.
-
-    Raises
-    ------
-    ConfigError
-        If the settings do not fit the task.
-    """
-    nodes = task.num_clients
-    base: Strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=nodes, min_available_nodes=nodes)
-    if settings.emo_base == "fedasync":
-        base = FedAsync(
-            settings.fedasync_alpha,
-            settings.fedasync_staleness,
-            min_available_nodes=nodes,
-            evaluate_every=nodes,
-            seed=seed,
-        )
-    folder = tempfile.TemporaryDirectory(prefix="flwr-moe-emo-")
-    try:
-        strategy = EMO(
-            base,
-            model=task.warm_model(),
-            tap=emo_tap(settings),
-            tail=emo_tail(settings, task),
-            held_out=task.public_data(),
-            controller=emo_controller(settings),
-            recipe=Recipe(settings.emo_learning_rate, settings.emo_steps),
-            off_load=settings.emo_off_load,
-            batch_size=settings.batch_size,
-            cache_folder=folder.name,
-            exchange_timeout_s=settings.exchange_timeout_s,
-            evaluate_overlays=True,
-            seed=seed,
-        )
-    except ValueError as error:
-        raise ConfigError(f"emo: {error}") from None
-    judge = EMOJudge(task, strategy)
-    # Caches of simulated overlays go when the run's objects do.
-    weakref.finalize(judge, folder.cleanup)
-    return strategy, judge
 
 
 class EMOJudge:
@@ -276,16 +204,3 @@ def load_ensemble(
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: the saved model does not fit: {error}") from None
     return Ensemble(small, front, [made], saved[WEIGHTS].numpy(), float(saved[THRESHOLD]))
-
-
-__all__ = [
-    "EMOJudge",
-    "EdgeLinks",
-    "build_emo",
-    "edge_links",
-    "emo_controller",
-    "emo_tail",
-    "emo_tap",
-    "load_ensemble",
-    "overlay_nodes",
-]
