@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from multiprocessing.connection import Connection
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -81,33 +82,40 @@ def serve(told: Connection, name: str, at: str) -> None:
 
 
 class InProcess:
-    """An exchange without a network: calls the session."""
+    """An exchange without a network: calls the session, and tells how long it took."""
 
     def __init__(self, session: SplitSession) -> None:
-        self._session = session
+        self._session, self.waited_s = session, 0.0
 
     def call(
         self, handler: str, tensors: dict[str, Tensor], metadata: dict[str, str]
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Run the session's handler."""
-        return self._session.handle(tensors, metadata)
+        began = time.perf_counter()
+        answer = self._session.handle(tensors, metadata)
+        self.waited_s += time.perf_counter() - began
+        return answer
 
 
-def client_step(half: nn.Module, link: CutLink, x: Tensor, y: Tensor) -> Callable[[], float]:
-    """Return a step of the client half; it gives the seconds that the client itself was busy."""
+def client_step(half: nn.Module, link: CutLink, x: Tensor, y: Tensor) -> Callable[[], None]:
+    """Return a step of the client half."""
     quick_layout(half).train()
     optimiser = adam(half, 0.001)
 
-    def step() -> float:
-        began, waited = time.perf_counter(), link.waited_s
+    def step() -> None:
         optimiser.zero_grad(set_to_none=True)
         activation, *context = half(x)
         gradient, _ = link.send(activation.detach(), context, y)
         activation.backward(gradient)
         optimiser.step()
-        return time.perf_counter() - began - (link.waited_s - waited)
 
     return step
+
+
+def busy_s(step: Callable[[], None], exchange: InProcess) -> float:
+    """Run a step, and return the seconds that the client itself was busy."""
+    waited = exchange.waited_s
+    return seconds(step) - (exchange.waited_s - waited)
 
 
 def link_to(
@@ -220,8 +228,9 @@ def measure_client(
             kept = choose_kept(half, rate, prune_output=True)
             half = shrink(half, kept)
             units = kept.indices[kept.output.name] if kept.output else None
-        link = link_to(InProcess(session_of(model, at, codec)), model, at, codec, units)
-        turns[key] = client_step(half, link, x, y)
+        exchange = InProcess(session_of(model, at, codec))
+        step = client_step(half, link_to(exchange, model, at, codec, units), x, y)
+        turns[key] = partial(busy_s, step, exchange)
     times: dict[str, list[float]] = {key: [] for key in turns}
     for number in range(steps + 2):
         for key in list(turns)[:: -1 if number % 2 else 1]:

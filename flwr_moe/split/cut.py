@@ -12,11 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flwr_moe.split.cut_graph import GraphCutter
-from flwr_moe.split.cut_transformers import (
-    PartOfModel,
-    TransformersCutter,
-    is_transformers_model,
-)
+from flwr_moe.split.cut_transformers import PartOfModel, TransformersCutter, is_transformers_model
 from flwr_moe.split.meta import ExampleInputs, Passed, run_recorded
 
 _NAMES_SHOWN = 12

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from flwr_moe.arrays import numpy_of, weighted_mean
 from flwr_moe.exchange.request import Refused
-from flwr_moe.split.codecs import Chain, CodecKey, Encoded, Role
+from flwr_moe.split.codecs import Chain, CodecKey, Encoded, Place, Role
 from flwr_moe.split.protocol import (
     ACTIVATION,
     BACKWARD,
@@ -173,7 +173,10 @@ class SplitSession:
             raise ValueError(f"server is {server!r}, expected one of {', '.join(SERVERS)}")
         if not clip >= 0:
             raise ValueError(f"clip is {clip}, expected 0 (off) or more")
-        self._codecs, self._top_codecs, self._agreed = codecs, top_codecs, dict(agreed)
+        self._codecs: dict[Place, Mapping[Role, Chain]] = {"cut": codecs}
+        if top_codecs is not None:
+            self._codecs["top"] = top_codecs
+        self._agreed = dict(agreed)
         self._copies, self._seed, self._clip = server == "copies", seed, clip
         self._loss_fn, self._output = loss_fn, output
         self._half = quick_layout(half).train()
@@ -241,7 +244,7 @@ class SplitSession:
             over. Nothing has changed then, but that a batch whose gradient is of no use begins
             anew.
         """
-        in_two = self._top_codecs is not None
+        in_two = "top" in self._codecs
         if in_two and LABELS in tensors:
             raise Refused(f"tensor {LABELS!r} is not expected: labels stay with the clients")
         for name, expected in self._agreed.items():
@@ -251,8 +254,8 @@ class SplitSession:
         round_, client = self._enter(call)
         key = CodecKey(self._seed, round_.number, call.batch, call.partition, "activation")
         if call.stage != BACKWARD:
-            encoded = without_prefix(ACTIVATION, tensors, metadata)
-            activation = self._activation(call, client, key, encoded)
+            activation = self._decoded(key, tensors, metadata)
+            self._check(call, client, activation)
             labels = None if in_two else _labels(tensors, len(activation))
             context = numbered(CONTEXT, tensors)
         with client.trunk.lock:
@@ -269,8 +272,9 @@ class SplitSession:
                 )
             gradient = None
             if pending is not None:
-                encoded = without_prefix(GRADIENT, tensors, metadata)
-                gradient = self._top_gradient(pending.output, key, encoded)
+                top_key = replace(key, role="gradient", place="top")
+                gradient = self._decoded(top_key, tensors, metadata)
+                _check_fit(gradient, pending.output)
                 client.pending = None
 
             def work() -> tuple[Pending, Encoded]:
@@ -278,10 +282,9 @@ class SplitSession:
                     client.trunk, call, key, activation, context, labels
                 )
                 if call.stage == FORWARD:
-                    assert self._top_codecs is not None
-                    codec, top_key = self._top_codecs["activation"], replace(key, place="top")
-                    return passed, codec.encode(passed.output, top_key)
-                return passed, self._backward(client.trunk, passed, gradient, key)
+                    return passed, self._encoded(passed.output, replace(key, place="top"))
+                below = self._backward(client.trunk, passed, gradient)
+                return passed, self._encoded(below, replace(key, role="gradient"))
 
             try:
                 (passed, answer), flops = counted(work, call.batch == 0)
@@ -334,14 +337,8 @@ class SplitSession:
             group["lr"] = learning_rate
         return self._shared
 
-    def _activation(
-        self, call: BatchCall, client: ClientState, key: CodecKey, encoded: Encoded
-    ) -> Tensor:
-        """Decode the activation and check it against what was announced."""
-        try:
-            activation = self._codecs["activation"].decode(encoded, key)
-        except ValueError as error:
-            raise Refused(f"activation: {error}") from None
+    def _check(self, call: BatchCall, client: ClientState, activation: Tensor) -> None:
+        """Check an activation against what was announced, and what came before."""
         if tuple(activation.shape) != call.shape:
             raise Refused(
                 f"activation has shape {tuple(activation.shape)}, {call.shape} was announced"
@@ -350,27 +347,23 @@ class SplitSession:
             raise Refused(
                 f"samples have shape {call.shape[1:]}, expected {client.sample_shape} as before"
             )
-        if not torch.isfinite(activation).all():
-            raise Refused("activation has values that are not finite, expected none")
-        return activation
 
-    def _top_gradient(self, output: Tensor, key: CodecKey, encoded: Encoded) -> Tensor:
-        """Decode the gradient at the top cut and check it against the activation there."""
-        assert self._top_codecs is not None
+    def _encoded(self, tensor: Tensor, key: CodecKey) -> Encoded:
+        return self._codecs[key.place][key.role].encode(tensor, key)
+
+    def _decoded(
+        self, key: CodecKey, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> Tensor:
+        """Decode the activation or gradient that came, which has to be finite."""
+        encoded = without_prefix(f"{key.role}.", tensors, metadata)
         try:
-            top_key = replace(key, role="gradient", place="top")
-            gradient = self._top_codecs["gradient"].decode(encoded, top_key)
+            tensor = self._codecs[key.place][key.role].decode(encoded, key)
         except ValueError as error:
-            raise Refused(f"gradient: {error}") from None
-        if gradient.shape != output.shape or gradient.dtype != output.dtype:
-            raise Refused(
-                f"gradient is {gradient.dtype} {tuple(gradient.shape)}, expected {output.dtype} "
-                f"{tuple(output.shape)}"
-            )
-        if not torch.isfinite(gradient).all():
-            raise Refused("gradient has values that are not finite, expected none")
+            raise Refused(f"{key.role}: {error}") from None
+        if not torch.isfinite(tensor).all():
+            raise Refused(f"{key.role} has values that are not finite, expected none")
         # Aligned in memory, matrix products round as they do in training of the whole model.
-        return gradient.clone()
+        return tensor.clone() if key.place == "top" else tensor
 
     def _forward(
         self,
@@ -410,9 +403,7 @@ class SplitSession:
             raise ValueError("units at the cut are pruned, which is not expected")
         return expand(leaf, Kept.of([self._output], {self._output.name: kept}))
 
-    def _backward(
-        self, trunk: Trunk, passed: Pending, gradient: Tensor | None, key: CodecKey
-    ) -> Encoded:
+    def _backward(self, trunk: Trunk, passed: Pending, gradient: Tensor | None) -> Tensor:
         """Go back through the half; its parameters get their gradients, the caller the leaf's."""
         assert trunk.optimiser is not None
         trunk.optimiser.zero_grad(set_to_none=True)
@@ -425,7 +416,7 @@ class SplitSession:
                 parameter.grad = passed.parameters[name].grad
         if passed.leaf.grad is None:
             raise ValueError("what it gives does not depend on the activation")
-        return self._codecs["gradient"].encode(passed.leaf.grad, replace(key, role="gradient"))
+        return passed.leaf.grad
 
     def _learn(self, round_: Round, client: ClientState, passed: Pending) -> None:
         """Step by the gradient, and count the batch."""
@@ -444,6 +435,14 @@ class SplitSession:
         if self._copies and client.done == round_.batches:
             client.trunk.optimiser = None
             half.zero_grad(set_to_none=True)
+
+
+def _check_fit(gradient: Tensor, output: Tensor) -> None:
+    if gradient.shape != output.shape or gradient.dtype != output.dtype:
+        raise Refused(
+            f"gradient is {gradient.dtype} {tuple(gradient.shape)}, expected {output.dtype} "
+            f"{tuple(output.shape)}"
+        )
 
 
 def _labels(tensors: Mapping[str, Tensor], count: int) -> Tensor:

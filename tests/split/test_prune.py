@@ -7,14 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flwr_moe.split.prune import (
-    Kept,
-    PruneSchedule,
-    choose_kept,
-    expand,
-    put_back,
-    shrink,
-)
+from flwr_moe.split.prune import Kept, PruneSchedule, choose_kept, expand, put_back, shrink
 from flwr_moe.split.prune_groups import find_groups
 from tests.split.halves import take
 

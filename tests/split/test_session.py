@@ -13,13 +13,7 @@ from torch.nn import functional
 from flwr_moe.exchange import Refused
 from flwr_moe.experts import SparseMoE
 from flwr_moe.split.codecs import CodecKey, Role, cut_codecs, shape_text
-from flwr_moe.split.protocol import (
-    ACTIVATION,
-    GRADIENT,
-    agreement,
-    with_prefix,
-    without_prefix,
-)
+from flwr_moe.split.protocol import ACTIVATION, GRADIENT, agreement, with_prefix, without_prefix
 from flwr_moe.split.prune_groups import Cut, PruneGroup
 from flwr_moe.split.session import SplitSession
 

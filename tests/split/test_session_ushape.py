@@ -14,21 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flwr_moe.exchange import Refused
-from flwr_moe.split.codecs import CodecKey, cut_codecs
+from flwr_moe.split.codecs import CodecKey, Role, cut_codecs
 from flwr_moe.tasks.vgg import VGG
 from tests.split.halves import tensor_of
 from tests.split.test_cut import CLASSES, IMAGES, class_loss
 from tests.split.test_ushape import LARGE_IMAGES
-from tests.split.ushape_device import (
-    RATE,
-    Device,
-    Wire,
-    close,
-    cnn,
-    middle_by_hand,
-    parts_of,
-    same,
-)
+from tests.split.ushape_device import RATE, Device, Wire, close, cnn, middle_by_hand, parts_of, same
 
 
 def models() -> list[Any]:
@@ -146,8 +137,9 @@ def test_codecs_work_at_both_cuts() -> None:
     device.step(IMAGES.float())
     # A byte a value and a scale a sample; half of the values at the cut, all at the top cut.
     at_cut, at_top = 4 * (4 * 64 // 2 + 4), 4 * (24 + 4)
-    assert (device.link.activation_bytes, device.link.gradient_bytes) == (at_cut, at_cut)
-    assert (device.link.top_activation_bytes, device.link.top_gradient_bytes) == (at_top, at_top)
+    roles: tuple[Role, Role] = ("activation", "gradient")
+    assert [device.link.moved[role, "cut"] for role in roles] == [at_cut, at_cut]
+    assert [device.link.moved[role, "top"] for role in roles] == [at_top, at_top]
     assert session.end_round() == {0: 1}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,14 +44,11 @@ class CutLink:
 
     Attributes
     ----------
-    activation_bytes, gradient_bytes : int
-        Sent, and received, at the cut; labels and what else crosses count with activations.
-    top_activation_bytes, top_gradient_bytes : int
-        Received, and sent, at the top cut.
+    moved : Counter of tuple of str
+        Bytes by role and place: activations are sent at the cut and received at the top cut,
+        gradients the other way round. Labels and what else crosses count with activations.
     exchanges : int
         How often.
-    waited_s : float
-        Wall seconds from sending to the answer, the server's work included.
     server_flops : int
         Work of the server's part in one step, as it has told.
     """
@@ -71,9 +68,8 @@ class CutLink:
         self._codecs: dict[Place, Mapping[Role, Chain]] = {"cut": codecs}
         if top_codecs is not None:
             self._codecs["top"] = top_codecs
-        self.activation_bytes = self.gradient_bytes = self.exchanges = self.server_flops = 0
-        self.top_activation_bytes = self.top_gradient_bytes = 0
-        self.waited_s = 0.0
+        self.moved: Counter[tuple[Role, Place]] = Counter()
+        self.exchanges = self.server_flops = 0
 
     @property
     def done(self) -> int:
@@ -94,10 +90,8 @@ class CutLink:
         """
         beside = {**_numbered(context), LABELS: labels}
         up, down = self._key_of("activation"), self._key_of("gradient")
-        gradient, sent, came, told = self._trade(activation, up, down, beside)
+        gradient, told = self._trade(activation, up, down, beside)
         _check_fit(gradient, activation)
-        self.activation_bytes += sent
-        self.gradient_bytes += came
         return gradient, float(told["loss"])
 
     def forward(self, activation: Tensor, context: Sequence[Tensor]) -> Tensor:
@@ -111,9 +105,7 @@ class CutLink:
             If the activation is not finite, or the answer cannot be read.
         """
         up, down = self._key_of("activation"), self._key_of("activation", "top")
-        top, sent, came, _ = self._trade(activation, up, down, _numbered(context), FORWARD)
-        self.activation_bytes += sent
-        self.top_activation_bytes += came
+        top, _ = self._trade(activation, up, down, _numbered(context), FORWARD)
         # Aligned in memory, matrix products round as they do in training of the whole model.
         return top.clone()
 
@@ -128,10 +120,8 @@ class CutLink:
             If the gradient is not finite, or the answer does not fit the activation.
         """
         up, down = self._key_of("gradient", "top"), self._key_of("gradient")
-        below, sent, came, _ = self._trade(gradient, up, down, {}, BACKWARD)
+        below, _ = self._trade(gradient, up, down, {}, BACKWARD)
         _check_fit(below, activation)
-        self.top_gradient_bytes += sent
-        self.gradient_bytes += came
         return below
 
     def _trade(
@@ -141,24 +131,24 @@ class CutLink:
         down: CodecKey,
         beside: Mapping[str, Tensor],
         stage: str = "",
-    ) -> tuple[Tensor, int, int, dict[str, str]]:
-        """Send one tensor and get another: that, bytes sent and received, and what was told."""
+    ) -> tuple[Tensor, dict[str, str]]:
+        """Send one tensor and get another: that, and what was told with it."""
         encoded = self._codecs[up.place][up.role].encode(tensor, up)
         tensors, metadata = with_prefix(f"{up.role}.", encoded)
         tensors |= beside
         call = BatchCall(
             up.partition, up.round, up.batch, self._examples, tuple(tensor.shape), self._kept, stage
         )
-        began = time.perf_counter()
         answer, told = self._exchange.call(
             HANDLER, tensors, {**self._agreed, **call.metadata(), **metadata}
         )
-        self.waited_s += time.perf_counter() - began
         came = without_prefix(f"{down.role}.", answer, told)
         decoded = self._codecs[down.place][down.role].decode(came, down)
         self.exchanges += 1
+        self.moved[up.role, up.place] += sum(t.nbytes for t in tensors.values())
+        self.moved[down.role, down.place] += came.num_bytes
         self.server_flops += int(told.get("server-flops", 0))
-        return decoded, sum(t.nbytes for t in tensors.values()), came.num_bytes, told
+        return decoded, told
 
     def _key_of(self, role: Role, place: Place = "cut") -> CodecKey:
         key = self._key

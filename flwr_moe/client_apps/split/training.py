@@ -93,18 +93,18 @@ def train_half(
     seconds_per_flop = order.seconds_per_step / max(whole, 1)
     device_s = done * seconds_per_flop * (flops + head_flops)
     server_s = done * seconds_per_flop * link.server_flops / order.server_speedup
-    ushape = visit.parts.head is not None
+    moved, ushape = link.moved, visit.parts.head is not None
     figures = SplitFigures(
         num_examples=len(data),
         steps=done,
         kept_share=visit.kept.share if visit.kept else 1.0,
         compute_seconds=device_s + server_s,
         device_seconds=device_s,
-        activation_bytes=link.activation_bytes + link.top_gradient_bytes,
-        gradient_bytes=link.gradient_bytes + link.top_activation_bytes,
+        activation_bytes=moved["activation", "cut"] + moved["gradient", "top"],
+        gradient_bytes=moved["gradient", "cut"] + moved["activation", "top"],
         exchanges=link.exchanges,
-        gradient_bytes_up=link.top_gradient_bytes if ushape else None,
-        activation_bytes_down=link.top_activation_bytes if ushape else None,
+        gradient_bytes_up=moved["gradient", "top"] if ushape else None,
+        activation_bytes_down=moved["activation", "top"] if ushape else None,
         train_loss=None if ushape else sum(losses) / max(done, 1),
     )
     reply = SplitReply(figures, visit.leave())
