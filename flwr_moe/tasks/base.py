@@ -13,6 +13,7 @@ from torch import Generator, nn
 from flwr_moe.tasks.shares import balanced_draw, check_alpha, matching_draw, share_out
 from flwr_moe.training.loop import train_steps
 from flwr_moe.training.samples import Samples
+from flwr_moe.training.threads import one_thread
 
 Indices = NDArray[np.int64]
 
@@ -134,11 +135,11 @@ class Task:
         return [self._samples("test", part) for part in self._tests]
 
     def warm_model(self) -> nn.Module:
-        """Return the model that everybody starts from: the same one for the same seed.
+        """Return the model that everybody starts from, trained on the public share if at all.
 
-        Trained on the public share, unless there are no steps of it.
+        The same one for the same seed, whatever the number of cores.
         """
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), one_thread():
             torch.manual_seed(self.seed)
             return self._warmed(Generator().manual_seed(self.seed))
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from flwr_moe.tasks import Digits
 from flwr_moe.tasks.base import Task
 from flwr_moe.training import Samples, accuracy_and_loss, predict
 
@@ -110,6 +111,20 @@ def test_a_task_of_ones_own_starts_warm_and_alike():
     assert sum(len(task.train_data(p)) for p in range(6)) == 178 - 36 - 30
     accuracies = [accuracy_and_loss(predict(models[0], x), y)[0] for x, y in task.test_data()]
     assert min(accuracies) > 0.75
+
+
+def test_the_warm_model_does_not_depend_on_the_number_of_threads():
+    before = torch.get_num_threads()
+    weights = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            model = Digits(4, 2, 4, 2, 0).warm_model()
+            assert torch.get_num_threads() == count
+            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*weights)
 
 
 def test_a_task_of_tokens_has_a_label_for_each():
