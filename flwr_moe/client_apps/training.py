@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.app import Context, Message, RecordDict
@@ -20,12 +20,14 @@ from flwr_moe.messages.training import (
     TrainOrder,
     train_reply,
 )
-from flwr_moe.tasks import Task
 from flwr_moe.training import Samples, accuracy_and_loss, predict, train_steps
 from flwr_moe.training.loop import Transform
 from flwr_moe.training.precision import as_sent, prepare
 
-TaskFn = Callable[[Context], Task]
+if TYPE_CHECKING:
+    from flwr_moe.tasks import Task
+
+TaskFn = Callable[[Context], "Task"]
 
 
 def train_by_order(

@@ -100,6 +100,21 @@ class ExpertLayout:
         return tuple(layer.gate_rows for layer in self.moe_layers)
 
     @cached_property
+    def gate_keys(self) -> frozenset[str]:
+        """All of `gate_rows`."""
+        return frozenset(key for keys in self.gate_rows for key in keys)
+
+    @property
+    def all_experts(self) -> dict[int, list[int]]:
+        """Every expert, by layer."""
+        return {i: list(range(count)) for i, count in enumerate(self.layers)}
+
+    def part_specs(self, experts: Experts) -> dict[str, TensorSpec]:
+        """Return what is known of the tensors of `experts`, by their stable names."""
+        named = self._named(self.select(experts))
+        return {part_name(i, e, name): self.moe_layers[i].parts[name] for i, e, name in named}
+
+    @cached_property
     def _expert_keys(self) -> frozenset[str]:
         return frozenset(key for layer in self.moe_layers for key in layer.state_keys())
 
@@ -179,9 +194,8 @@ class ExpertLayout:
 
     def expert_bytes(self, experts: Experts | None = None) -> int:
         """Bytes of the tensors of `experts`; of all experts of all layers by default."""
-        chosen = [list(range(n)) for n in self.layers] if experts is None else self.select(experts)
-        sizes = [sum(spec.nbytes for spec in layer.parts.values()) for layer in self.moe_layers]
-        return sum(len(ids) * size for ids, size in zip(chosen, sizes, strict=True))
+        specs = self.part_specs(self.all_experts if experts is None else experts)
+        return sum(spec.nbytes for spec in specs.values())
 
     def shared_bytes(self) -> int:
         """Bytes of all shared tensors, full gates included."""

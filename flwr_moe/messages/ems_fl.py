@@ -5,7 +5,7 @@ A message brings the device's experts, what it lacks of the shared part, and a c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,17 @@ class GateQuestion(ExpertOrder):
     feature_seed: int | None = key(default=None, least=0)
     num_features: int | None = key(default=None, least=1)
     gamma: float | None = key(default=None, above=0)
+
+    def about(self, features: RandomFeatures | None) -> GateQuestion:
+        """Return the same question, of some random features."""
+        if features is None:
+            return self
+        return replace(
+            self,
+            feature_seed=features.seed,
+            num_features=features.num_features,
+            gamma=features.gamma,
+        )
 
     def features(self, num_inputs: int) -> RandomFeatures:
         """Draw the features that both the server and all devices draw.

@@ -294,9 +294,9 @@ def test_without_an_exchange_the_error_names_the_key() -> None:
 @pytest.mark.parametrize(
     ("bad", "expected"),
     [
-        ({"p": -1}, "p is -1, expected 0 or more"),
+        ({"p": -1}, "p is -1, expected at least 0"),
         ({"tau": 0.0}, "tau is 0.0, expected above 0"),
-        ({"interval": 0}, "interval is 0, expected at least 1 round"),
+        ({"interval": 0}, "interval is 0, expected at least 1"),
         ({"gate": "open"}, "gate is 'open', expected one of mixed, local, average"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from flwr_moe.arrays import record_of, tensors_of
-from flwr_moe.client_apps.ems_fl.training import remember_shared
+from flwr_moe.client_apps.ems_fl.training import remember_shared, trained_shared
 from flwr_moe.client_apps.node import ClientAppCallable, Mod
 from flwr_moe.experts import ExpertLayout, restricted_gate
 from flwr_moe.experts.families import family_named
@@ -95,9 +95,7 @@ def expert_mod(layout: ExpertLayout, arrayrecord_key: str = "arrays") -> Mod:
         trimmed = {k: v for k, v in reply.content.items() if k != arrayrecord_key}
         trimmed[EXPERTS] = record_of(own)
         if order.train_shared:
-            gates = {key for keys in layout.gate_rows for key in keys}
-            trained = {k: v for k, v in layout.shared(state).items() if k not in gates}
-            trimmed[TRAINED_SHARED] = record_of(as_sent(trained, shared))
+            trimmed[TRAINED_SHARED] = record_of(trained_shared(layout, state, shared))
         reply.content = RecordDict(trimmed)
         return reply
 

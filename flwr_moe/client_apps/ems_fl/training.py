@@ -89,12 +89,11 @@ def register_expert_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
         # Before the submodel is built: its tensors are allocated in the dtype they are trained in.
         prepare(full, order.dtype, order.checkpointing)
         model = own_model(full, layout, message, shared, asked.experts)
-        gates = {key for keys in layout.gate_rows for key in keys}
         homes = tuple(f"{layer.experts}." for layer in layout.moe_layers)
         trainable = [
             parameter
             for name, parameter in model.named_parameters()
-            if name.startswith(homes) or (asked.train_shared and name not in gates)
+            if name.startswith(homes) or (asked.train_shared and name not in layout.gate_keys)
         ]
         data = task.train_data(partition_id)
         loss = train_by_order(model, data, order, trainable)
@@ -104,8 +103,7 @@ def register_expert_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
         figures = TrainFigures(len(data), order.steps, loss)
         reply = train_reply(message, EXPERTS, record_of(own), figures)
         if asked.train_shared:
-            trained = {k: v for k, v in layout.shared(state).items() if k not in gates}
-            reply.content[TRAINED_SHARED] = record_of(as_sent(trained, shared))
+            reply.content[TRAINED_SHARED] = record_of(trained_shared(layout, state, shared))
         return reply
 
     return app
@@ -184,6 +182,14 @@ def remember_shared(message: Message, context: Context) -> dict[str, Tensor]:
     record = ArrayRecord(known)
     context.state[SHARED_STATE] = record
     return dict(record.to_torch_state_dict())
+
+
+def trained_shared(
+    layout: ExpertLayout, state: dict[str, Tensor], sent: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return what a device may train of the shared part: all but the gates."""
+    trained = {k: v for k, v in layout.shared(state).items() if k not in layout.gate_keys}
+    return as_sent(trained, sent)
 
 
 def own_model(

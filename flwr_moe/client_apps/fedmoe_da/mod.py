@@ -102,7 +102,6 @@ class _Visit:
     def __init__(self, layout: ExpertLayout, context: Context, config: ConfigRecord) -> None:
         self.layout, self.context, self.config = layout, context, config
         self.order = PersonalOrder.from_record(config)
-        self.gates = {key for keys in layout.gate_rows for key in keys}
         own = context.state.metric_records.get(OWN_VERSION, MetricRecord())
         self.own_version = read_value(own, "version", int, default=0) or self.order.version
 
@@ -141,7 +140,7 @@ class _Visit:
             name: tensor
             for name, tensor in rest.items()
             if name.startswith(tuple(order.personal))
-            or (name in self.gates and order.gate != "average")
+            or (name in self.layout.gate_keys and order.gate != "average")
         }
         records = {}
         if order.relay:
@@ -157,7 +156,9 @@ class _Visit:
             self.exchange.publish(order.server_round, experts)
             self.exchange.drop([order.version, self.own_version, order.server_round])
         if order.relay or order.report_gates:
-            records[GATE] = record_of({key: rest[key] for key in rest if key in self.gates})
+            records[GATE] = record_of(
+                {key: rest[key] for key in rest if key in self.layout.gate_keys}
+            )
         if shared := {name: rest[name] for name in rest if name not in stays}:
             records[TRAINED_SHARED] = record_of(shared)
         self.context.state[OWN_STATE] = record_of(stays)
@@ -210,5 +211,4 @@ class _Visit:
             for e in ids:
                 for name in self.layout.moe_layers[layer].parts:
                     part[part_name(layer, e, name)] = experts[layer, e][name]
-        every = {layer: list(range(n)) for layer, n in enumerate(self.layout.layers)}
-        return self.layout.to_submodel_state(whole, part, every)
+        return self.layout.to_submodel_state(whole, part, self.layout.all_experts)

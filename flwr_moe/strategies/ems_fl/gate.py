@@ -6,6 +6,7 @@ Dimension suffixes: E experts, G groups, F features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from logging import WARNING
 from typing import Any
 
@@ -33,6 +34,7 @@ LEAST_EXPLAINED = 0.9
 """Share of a constant that the features have to explain, for a gate without bias to be fitted."""
 
 
+@dataclass
 class GateFitter:
     """Fits the gate once all clusters are known, or have had long enough.
 
@@ -64,30 +66,23 @@ class GateFitter:
         If a linear gate is to be fitted where the model does not decide by a softmax.
     """
 
-    def __init__(
-        self,
-        layout: ExpertLayout,
-        gate: str,
-        features: RandomFeatures | None,
-        ridge: float,
-        patience_s: float,
-        seed: int,
-    ) -> None:
-        first = family_named(layout.moe_layers[0].family)
-        if gate == "linear" and first.probabilities is not softmax:
+    layout: ExpertLayout
+    gate: str
+    features: RandomFeatures | None
+    ridge: float
+    patience_s: float
+    seed: int
+    router: Router | None = field(default=None, init=False)
+    fitted_on: list[Cluster] = field(default_factory=list, init=False)
+    _tried_on: list[Cluster] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        first = family_named(self.layout.moe_layers[0].family)
+        if self.gate == "linear" and first.probabilities is not softmax:
             raise ValueError(
                 f"gate is 'linear' and {first.name} rates every expert by itself, expected plain "
                 "or random-features: discriminants rate experts against each other"
             )
-        self.layout = layout
-        self.gate = gate
-        self.features = features
-        self.ridge = ridge
-        self.patience_s = patience_s
-        self.seed = seed
-        self.router: Router | None = None
-        self.fitted_on: list[Cluster] = []
-        self._tried_on: list[Cluster] = []
 
     @property
     def num_features(self) -> int | None:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from flwr_moe.arrays import mix, record_of, unlike
 from flwr_moe.experts import ExpertLayout
-from flwr_moe.experts.layout import part_name
 from flwr_moe.messages.base import Figures, metrics_of, read_value
 from flwr_moe.messages.ems_fl import (
     EXPERTS,
@@ -84,11 +83,8 @@ class EMSRun:
     _told: dict[int, dict[str, NDArray[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        gates = [key for keys in self.layout.gate_rows for key in keys]
         # Reports are about the gates as they started, so that they can be compared.
-        self._first_gates = {key: self.state[key] for key in gates}
-        specs = self.layout.shared_specs
-        self._trained_shared = {key: spec for key, spec in specs.items() if key not in gates}
+        self._first_gates = {key: self.state[key] for key in self.layout.gate_keys}
 
     # --- messages --------------------------------------------------------------
 
@@ -129,19 +125,10 @@ class EMSRun:
             "train_shared": self.shared_weight is not None,
             "extra": extra,
         }
-        features = self.gate.features
-        if not asks:
-            kind, order = TRAIN_EXPERTS, ExpertOrder(**common)
-        elif features is None:
-            kind, order = GATE_STATISTICS, GateQuestion(**common)
+        if asks:
+            kind, order = GATE_STATISTICS, GateQuestion(**common).about(self.gate.features)
         else:
-            kind = GATE_STATISTICS
-            order = GateQuestion(
-                **common,
-                feature_seed=features.seed,
-                num_features=features.num_features,
-                gamma=features.gamma,
-            )
+            kind, order = TRAIN_EXPERTS, ExpertOrder(**common)
         part = record_of(self.layout.take(state, experts))
         shared = self.layout.shared(state)
         messages = []
@@ -213,17 +200,13 @@ class EMSRun:
     def _bad_update(self, cluster: Cluster, content: RecordDict) -> str | None:
         metrics = metrics_of(content)
         read_value(metrics, self.weighted_by_key, float, place=Figures.place, above=0)
-        own = {
-            part_name(i, e, name): spec
-            for i, ids in cluster.experts.items()
-            for e in ids
-            for name, spec in self.layout.moe_layers[i].parts.items()
-        }
+        expected = {EXPERTS: self.layout.part_specs(cluster.experts)}
+        if self.shared_weight is not None:
+            shared, gates = self.layout.shared_specs, self.layout.gate_keys
+            expected[TRAINED_SHARED] = {key: shared[key] for key in shared if key not in gates}
         records = content.array_records
-        reason = unlike(records.get(EXPERTS), own, EXPERTS)
-        if reason is None and self.shared_weight is not None:
-            reason = unlike(records.get(TRAINED_SHARED), self._trained_shared, TRAINED_SHARED)
-        return reason
+        reasons = (unlike(records.get(key), specs, key) for key, specs in expected.items())
+        return next((reason for reason in reasons if reason), None)
 
     # --- what becomes of the answers -------------------------------------------
 

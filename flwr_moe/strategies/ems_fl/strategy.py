@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from logging import INFO, WARNING
+from logging import INFO
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from flwr_moe.arrays import arrays_of, record_of, staleness_weight
+from flwr_moe.checks import check_numbers
 from flwr_moe.experts import ExpertLayout, RandomFeatures, Router
 from flwr_moe.messages.ems_fl import GATES
 from flwr_moe.network import HorizonReached
@@ -101,28 +102,18 @@ class EMSFL(Strategy):
     ) -> None:
         if gate not in GATES:
             raise ValueError(f"gate is {gate!r}, expected one of {', '.join(GATES)}")
-        if gate == "random-features" and num_inputs < 1:
-            raise ValueError(f"num_inputs is {num_inputs}, expected the size of an input")
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha is {alpha}, expected above 0 and up to 1")
-        if min_experts < 1:
-            raise ValueError(f"min_experts is {min_experts}, expected at least 1")
+        if gate == "random-features":
+            check_numbers(least=1, num_inputs=num_inputs)
+        check_numbers(above=0, most=1, alpha=alpha)
+        check_numbers(least=1, min_experts=min_experts)
         self._staleness = staleness_weight(staleness)
-        self.layout = layout
-        self.gate = gate
-        self.assignment = assignment
-        self.min_experts = min_experts
-        self.max_experts = max_experts
-        self.train_shared = train_shared
-        self.alpha = alpha
-        self.ridge = ridge
-        self.wait_for_all = wait_for_all
-        self.straggler_s = straggler_s
-        self.report_patience_s = report_patience_s
+        self.layout, self.gate, self.ridge, self.seed = layout, gate, ridge, seed
+        self.assignment, self.wait_for_all = assignment, wait_for_all
+        self.min_experts, self.max_experts = min_experts, max_experts
+        self.train_shared, self.alpha = train_shared, alpha
+        self.straggler_s, self.report_patience_s = straggler_s, report_patience_s
         self.min_available_nodes = min_available_nodes
-        self.weighted_by_key = weighted_by_key
-        self.configrecord_key = configrecord_key
-        self.seed = seed
+        self.weighted_by_key, self.configrecord_key = weighted_by_key, configrecord_key
         self.features = (
             RandomFeatures(seed, num_inputs, num_features, gamma)
             if gate == "random-features"
@@ -164,40 +155,14 @@ class EMSFL(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Messages that send every cluster that owns experts to work on them.
-
-        For whoever runs the rounds himself after a :meth:`start`, which asks who owns what.
-        """
-        run = self._run
-        if run is None:
-            return []
-        run.state, messages = arrays_of(arrays), []
-        for cluster in self.clusters:
-            if cluster.experts:
-                cluster.begin((), run.version)
-                messages += run.orders_for(cluster, config)
-        return messages
+        """No messages: there are no rounds of all devices, see :meth:`start`."""
+        return []
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Put the experts of the replying clusters in their places."""
-        run, metrics = self._run, None
-        homes = {node.node_id: cluster for cluster in self.clusters for node in cluster.nodes}
-        for reply in replies:
-            cluster = homes.get(reply.metadata.src_node_id)
-            if run is None or cluster is None or reply.has_error():
-                continue
-            if reason := run.why_unusable(cluster, reply.content):
-                log(WARNING, "node %d: rejected: %s", reply.metadata.src_node_id, reason)
-            else:
-                cluster.take(reply, reply.content, run.loop.now)
-        for cluster in self.clusters:
-            if run is not None and cluster.replies:
-                metrics = run.put_in_place(cluster)
-        if run is None or metrics is None:
-            return None, None
-        return record_of(run.state), metrics
+        """Nothing to aggregate, see :meth:`configure_train`."""
+        return None, None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -238,10 +203,29 @@ class EMSFL(Strategy):
         loop = EventLoop(grid, timeout)
         log(INFO, "Starting %s strategy:", type(self).__name__)
         self.summary()
-        profiles = loop.wait_for_nodes(self.min_available_nodes)
-        clusters = gather_clusters(profiles.values())
-        config = train_config or ConfigRecord()
-        run = self._run = self._new_run(loop, clusters, initial_arrays, config, num_rounds)
+        clusters = gather_clusters(loop.wait_for_nodes(self.min_available_nodes).values())
+        upper = check_bounds(self.layout, len(clusters), self.min_experts, self.max_experts)
+        run = self._run = EMSRun(
+            loop,
+            self.layout,
+            clusters,
+            arrays_of(initial_arrays),
+            Assignment(
+                *(self.layout, self.min_experts, upper, self.assignment, self.seed),
+                hard_bound=self.max_experts > 0,
+                wait_for_all=self.wait_for_all,
+            ),
+            GateFitter(
+                *(self.layout, self.gate, self.features),
+                *(self.ridge, self.report_patience_s, self.seed),
+            ),
+            (lambda age: self.alpha * self._staleness(age)) if self.train_shared else None,
+            train_config or ConfigRecord(),
+            num_rounds,
+            self.straggler_s,
+            self.configrecord_key,
+            self.weighted_by_key,
+        )
         result = Result()
 
         def evaluate() -> None:
@@ -265,41 +249,3 @@ class EMSFL(Strategy):
         self.events = dict(loop.events)
         result.arrays = record_of(run.state)
         return result
-
-    def _new_run(
-        self,
-        loop: EventLoop,
-        clusters: list[Cluster],
-        initial_arrays: ArrayRecord,
-        train_config: ConfigRecord,
-        num_rounds: int,
-    ) -> EMSRun:
-        return EMSRun(
-            loop,
-            self.layout,
-            clusters,
-            arrays_of(initial_arrays),
-            Assignment(
-                self.layout,
-                self.min_experts,
-                check_bounds(self.layout, len(clusters), self.min_experts, self.max_experts),
-                self.assignment,
-                self.seed,
-                hard_bound=self.max_experts > 0,
-                wait_for_all=self.wait_for_all,
-            ),
-            GateFitter(
-                self.layout,
-                self.gate,
-                self.features,
-                self.ridge,
-                self.report_patience_s,
-                self.seed,
-            ),
-            (lambda age: self.alpha * self._staleness(age)) if self.train_shared else None,
-            train_config,
-            num_rounds,
-            self.straggler_s,
-            self.configrecord_key,
-            self.weighted_by_key,
-        )

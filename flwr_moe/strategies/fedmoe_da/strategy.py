@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import Any
@@ -15,8 +15,8 @@ from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
 
 from flwr_moe.arrays import Arrays, arrays_of, record_of, unlike, weighted_mean
+from flwr_moe.checks import check_numbers
 from flwr_moe.experts import ExpertLayout
-from flwr_moe.experts.layout import part_name
 from flwr_moe.experts.mixing import Ingredient, mixing_plans
 from flwr_moe.messages.base import metrics_of, read_value
 from flwr_moe.messages.fedmoe_da import (
@@ -112,12 +112,9 @@ class FedMoEDA(FedAvg):
         **kwargs: Any,
     ) -> None:
         super().__init__(fraction_evaluate=fraction_evaluate, **kwargs)
-        if p < 0:
-            raise ValueError(f"p is {p}, expected 0 or more")
-        if not tau > 0:
-            raise ValueError(f"tau is {tau}, expected above 0")
-        if interval < 1:
-            raise ValueError(f"interval is {interval}, expected at least 1 round")
+        check_numbers(least=0, p=p)
+        check_numbers(above=0, tau=tau)
+        check_numbers(least=1, interval=interval)
         if gate not in GATES:
             raise ValueError(f"gate is {gate!r}, expected one of {', '.join(GATES)}")
         self.layout = layout
@@ -272,13 +269,9 @@ class FedMoEDA(FedAvg):
         )
 
     def _shared_keys(self) -> list[str]:
-        gates = {key for keys in self.layout.gate_rows for key in keys}
-        return [
-            key
-            for key in self.layout.shared(self._running.state)
-            if not key.startswith(tuple(self.personal))
-            and (key not in gates or self.gate == "average")
-        ]
+        kept = self.layout.gate_keys if self.gate != "average" else ()
+        shared = self.layout.shared(self._running.state)
+        return [k for k in shared if not (k in kept or k.startswith(tuple(self.personal)))]
 
     def _usable(self, client: int, reply: Message) -> bool:
         """Whether a reply can be used; logs and counts it if not."""
@@ -302,15 +295,11 @@ class FedMoEDA(FedAvg):
         expected = {TRAINED_SHARED: self._shared_keys()}
         config = sent.config_records[self.configrecord_key]
         if PersonalOrder.from_record(config).report_gates or self.relay:
-            expected[GATE] = [key for keys in self.layout.gate_rows for key in keys]
+            expected[GATE] = list(self.layout.gate_keys)
+        tensors: dict[str, Mapping[str, Any]]
         tensors = {name: {k: run.state[k] for k in keys} for name, keys in expected.items()}
         if self.relay:
-            tensors[EXPERTS] = {
-                part_name(layer, e, name): spec
-                for layer, moe in enumerate(self.layout.moe_layers)
-                for e in range(moe.num_experts)
-                for name, spec in moe.parts.items()
-            }
+            tensors[EXPERTS] = self.layout.part_specs(self.layout.all_experts)
         records = content.array_records
         for record_key, specs in tensors.items():
             if specs and (reason := unlike(records.get(record_key), specs, record_key)):
