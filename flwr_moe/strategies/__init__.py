@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from flwr_moe._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from flwr_moe.strategies.asynchronous.base import AsyncStrategy
     from flwr_moe.strategies.asynchronous.fedasync import FedAsync
     from flwr_moe.strategies.asynchronous.fedbuff import FedBuff
     from flwr_moe.strategies.emo.strategy import EMO
