@@ -21,7 +21,7 @@ from flwr_moe.strategies import FedMoEDA
 from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid
 from tests.strategies.devices import TinyTask
-from tests.strategies.test_fedmoe_da import (
+from tests.strategies.fedmoe_da.test_strategy import (
     LAYOUT,
     TOKEN,
     Clients,
