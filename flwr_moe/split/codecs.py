@@ -92,7 +92,21 @@ class Encoded:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors, without names and metadata."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def under(self, prefix: str) -> Encoded:
+        """Put a prefix before all names, so that several fit into one body."""
+        return Encoded(
+            {prefix + name: tensor for name, tensor in self.tensors.items()},
+            {prefix + name: text for name, text in self.metadata.items()},
+        )
+
+    def within(self, prefix: str) -> Encoded:
+        """Undo `under`: what has the prefix, without it."""
+        return Encoded(
+            {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)},
+            {n.removeprefix(prefix): t for n, t in self.metadata.items() if n.startswith(prefix)},
+        )
 
 
 class Codec(Protocol):
@@ -355,20 +369,17 @@ class Chain:
         metadata: dict[str, str] = {}
         for i, codec in enumerate(self.codecs):
             step = codec.encode(x, key)
-            x = step.tensors[VALUES]
-            tensors |= {f"{i}.{name}": t for name, t in step.tensors.items() if name != VALUES}
-            metadata |= {f"{i}.{name}": text for name, text in step.metadata.items()}
+            x = step.tensors.pop(VALUES)
+            tensors |= step.under(f"{i}.").tensors
+            metadata |= step.under(f"{i}.").metadata
         return Encoded({VALUES: x, **tensors}, metadata)
 
     def decode(self, encoded: Encoded, key: CodecKey) -> Tensor:
         """Undo all codecs, the last one first."""
         x = wire_tensor(encoded, VALUES)
         for i, codec in reversed(list(enumerate(self.codecs))):
-            side = {n.removeprefix(f"{i}."): t for n, t in encoded.tensors.items() if _of(n, i)}
-            metadata = {
-                n.removeprefix(f"{i}."): t for n, t in encoded.metadata.items() if _of(n, i)
-            }
-            x = codec.decode(Encoded({**side, VALUES: x}, metadata), key)
+            own = encoded.within(f"{i}.")
+            x = codec.decode(Encoded({**own.tensors, VALUES: x}, own.metadata), key)
         return x
 
 
@@ -393,7 +404,3 @@ def cut_codecs(*, dropout: float = 0.0, bits: int | None = None) -> dict[Role, C
     if bits is not None:
         codecs.append(Quantise(bits))
     return {"activation": Chain(codecs), "gradient": Chain(codecs)}
-
-
-def _of(name: str, position: int) -> bool:
-    return name.startswith(f"{position}.")

@@ -55,10 +55,9 @@ class GraphCutter:
             )
         self._staged = StagedModels(model, self._tracer)
         self._nodes = list(self._tracer.graph.nodes)
+        arguments = inspect.signature(model.forward).parameters.keys() - unused.keys()
         self._inputs = [
-            node
-            for node in self._nodes
-            if node.op == "placeholder" and node.target in _arguments(model, unused)
+            node for node in self._nodes if node.op == "placeholder" and node.target in arguments
         ]
         self._keys = set(model.state_dict())
         self._carries, self._raw = self._kinds()
@@ -105,7 +104,7 @@ class GraphCutter:
         result = self._nodes[-1].args[0]
         server = self._module(self._server_graph(server_nodes, crossing, result))
         for key in self._keys - self._keys_of(client_nodes) - self._keys_of(server_nodes):
-            _attach(server, key, _tensor(self.model, key))
+            _attach(server, key, operator.attrgetter(key)(self.model))
         return client, server
 
     def thirds(self, at: str, top: str) -> tuple[nn.Module, nn.Module, nn.Module, int]:
@@ -132,7 +131,7 @@ class GraphCutter:
         third = self._module(self._server_graph(head, [cuts[1], *context], end.args[0]))
         used = (self._keys_of(part) for part in (bottom, middle, head))
         for key in self._keys.difference(*used):
-            _attach(second, key, _tensor(self.model, key))
+            _attach(second, key, operator.attrgetter(key)(self.model))
         return first, second, third, num_up
 
     def _kinds(self) -> tuple[set[fx.Node], set[fx.Node]]:
@@ -252,15 +251,6 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
                 found.add(source)
                 waiting.append(source)
     return found
-
-
-def _arguments(model: nn.Module, unused: dict[str, Any]) -> list[str]:
-    return [name for name in inspect.signature(model.forward).parameters if name not in unused]
-
-
-def _tensor(model: nn.Module, key: str) -> Tensor:
-    tensor: Tensor = operator.attrgetter(key)(model)
-    return tensor
 
 
 def _attach(root: nn.Module, key: str, tensor: Tensor) -> None:

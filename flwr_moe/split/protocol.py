@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flwr_moe.exchange.request import Refused
-from flwr_moe.split.codecs import Chain, Encoded, Role, shape_text
+from flwr_moe.split.codecs import Chain, Role, shape_text
 
 HANDLER = "split"
 """Name of the server half's handler at the exchange."""
@@ -57,24 +57,6 @@ def agreement(
 def _in_words(codecs: Mapping[Role, Chain]) -> str:
     return "; ".join(
         f"{role}: {', '.join(map(repr, codecs[role].codecs))}" for role in sorted(codecs)
-    )
-
-
-def with_prefix(prefix: str, encoded: Encoded) -> Answer:
-    """Name an encoded tensor's parts so that several fit into one body."""
-    return (
-        {prefix + name: tensor for name, tensor in encoded.tensors.items()},
-        {prefix + name: text for name, text in encoded.metadata.items()},
-    )
-
-
-def without_prefix(
-    prefix: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> Encoded:
-    """Undo `with_prefix`."""
-    return Encoded(
-        {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)},
-        {k.removeprefix(prefix): t for k, t in metadata.items() if k.startswith(prefix)},
     )
 
 

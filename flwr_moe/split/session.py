@@ -34,8 +34,6 @@ from flwr_moe.split.protocol import (
     Answer,
     BatchCall,
     numbered,
-    with_prefix,
-    without_prefix,
 )
 from flwr_moe.split.prune import Kept, expand
 from flwr_moe.split.prune_groups import PruneGroup
@@ -300,8 +298,8 @@ class SplitSession:
                 client.pending = passed
             else:
                 self._learn(round_, client, passed)
-        sent, told = with_prefix(ACTIVATION if call.stage == FORWARD else GRADIENT, answer)
-        return sent, {**told, **facts}
+        sent = answer.under(ACTIVATION if call.stage == FORWARD else GRADIENT)
+        return sent.tensors, {**sent.metadata, **facts}
 
     # --- inside ------------------------------------------------------------------
 
@@ -355,7 +353,7 @@ class SplitSession:
         self, key: CodecKey, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> Tensor:
         """Decode the activation or gradient that came, which has to be finite."""
-        encoded = without_prefix(f"{key.role}.", tensors, metadata)
+        encoded = Encoded(dict(tensors), dict(metadata)).within(f"{key.role}.")
         try:
             tensor = self._codecs[key.place][key.role].decode(encoded, key)
         except ValueError as error:

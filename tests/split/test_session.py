@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from flwr_moe.exchange import Refused
 from flwr_moe.experts import SparseMoE
-from flwr_moe.split.codecs import CodecKey, Role, cut_codecs, shape_text
-from flwr_moe.split.protocol import ACTIVATION, GRADIENT, agreement, with_prefix, without_prefix
+from flwr_moe.split.codecs import CodecKey, Encoded, Role, cut_codecs, shape_text
+from flwr_moe.split.protocol import ACTIVATION, GRADIENT, agreement
 from flwr_moe.split.prune_groups import Cut, PruneGroup
 from flwr_moe.split.session import SplitSession
 
@@ -50,7 +50,7 @@ class Client:
     ) -> tuple[Tensor, float, dict[str, str]]:
         x = activation_of(self.number, batch) if activation is None else activation
         key = self.key(batch, "activation", round_)
-        tensors, metadata = with_prefix(ACTIVATION, self.codecs["activation"].encode(x, key))
+        encoded = self.codecs["activation"].encode(x, key).under(ACTIVATION)
         told: dict[str, str | None] = {
             **agreement(WHOLE, "first", self.codecs),
             "partition": str(self.number),
@@ -58,13 +58,13 @@ class Client:
             "batch": str(batch),
             "examples": str(self.examples),
             "shape": shape_text(x.shape),
-            **metadata,
+            **encoded.metadata,
             **other,
         }
         answer, facts = self.session.handle(
-            {**tensors, "labels": labels}, {k: v for k, v in told.items() if v is not None}
+            {**encoded.tensors, "labels": labels}, {k: v for k, v in told.items() if v is not None}
         )
-        encoded = without_prefix(GRADIENT, answer, facts)
+        encoded = Encoded(answer, facts).within(GRADIENT)
         gradient = self.codecs["gradient"].decode(encoded, self.key(batch, "gradient", round_))
         return gradient, float(facts["loss"]), facts
 

@@ -9,17 +9,8 @@ import torch
 from torch import Tensor
 
 from flwr_moe.exchange import ExchangeClient
-from flwr_moe.split.codecs import Chain, CodecKey, Place, Role
-from flwr_moe.split.protocol import (
-    BACKWARD,
-    CONTEXT,
-    FORWARD,
-    HANDLER,
-    LABELS,
-    BatchCall,
-    with_prefix,
-    without_prefix,
-)
+from flwr_moe.split.codecs import Chain, CodecKey, Encoded, Place, Role
+from flwr_moe.split.protocol import BACKWARD, CONTEXT, FORWARD, HANDLER, LABELS, BatchCall
 
 
 class CutLink:
@@ -133,16 +124,15 @@ class CutLink:
         stage: str = "",
     ) -> tuple[Tensor, dict[str, str]]:
         """Send one tensor and get another: that, and what was told with it."""
-        encoded = self._codecs[up.place][up.role].encode(tensor, up)
-        tensors, metadata = with_prefix(f"{up.role}.", encoded)
-        tensors |= beside
+        encoded = self._codecs[up.place][up.role].encode(tensor, up).under(f"{up.role}.")
+        tensors = {**encoded.tensors, **beside}
         call = BatchCall(
             up.partition, up.round, up.batch, self._examples, tuple(tensor.shape), self._kept, stage
         )
         answer, told = self._exchange.call(
-            HANDLER, tensors, {**self._agreed, **call.metadata(), **metadata}
+            HANDLER, tensors, {**self._agreed, **call.metadata(), **encoded.metadata}
         )
-        came = without_prefix(f"{down.role}.", answer, told)
+        came = Encoded(answer, told).within(f"{down.role}.")
         decoded = self._codecs[down.place][down.role].decode(came, down)
         self.exchanges += 1
         self.moved[up.role, up.place] += sum(t.nbytes for t in tensors.values())
