@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -71,11 +72,12 @@ class Section(BaseModel):
             raise ConfigError(self._line(error.errors()[0])) from None
 
     @classmethod
-    def described(cls) -> Iterator[tuple[str, str, FieldInfo]]:
+    @cache
+    def described(cls) -> list[tuple[str, str, FieldInfo]]:
         """Give key, name and description of every setting."""
-        for name, field in cls.model_fields.items():
-            key = name.replace("_", "-")
-            yield (f"{cls.prefix}.{key}" if cls.prefix else key), name, field
+        start = f"{cls.prefix}." if cls.prefix else ""
+        fields = cls.model_fields.items()
+        return [(start + name.replace("_", "-"), name, field) for name, field in fields]
 
     @classmethod
     def _line(cls, error: Any) -> str:

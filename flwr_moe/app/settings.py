@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -268,8 +269,13 @@ def _sections() -> list[type[Section]]:
 
 def _places() -> dict[str, tuple[str, str]]:
     """Section and field of every setting, by its key and by its attribute name."""
+    return _places_in(tuple(_sections()))
+
+
+@cache
+def _places_in(sections: tuple[type[Section], ...]) -> dict[str, tuple[str, str]]:
     places = {}
-    for section in _sections():
+    for section in sections:
         for key, name, _ in section.described():
             places[key] = places[re.sub("[-.]", "_", key)] = section.prefix, name
     return places
