@@ -46,9 +46,14 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
 
 
-def setting(default: Value, help: str, **limits: float) -> Any:
+def setting(default: Value, help: str, **limits: Any) -> Any:
     """Return a field: its default, one line of help, and pydantic's bounds (ge, gt, le, lt)."""
-    return Field(default, description=help, **limits)  # type: ignore[arg-type]
+    return Field(default, description=help, **limits)
+
+
+def unless(word: str, help: str, **limits: Any) -> Any:
+    """Return a field for a number above 0, or the word that stands for none; inside it is a 0."""
+    return Field(0, description=help, json_schema_extra={"word": word}, **limits)
 
 
 class Section(BaseModel):
@@ -66,8 +71,9 @@ class Section(BaseModel):
     prefix: ClassVar[str] = ""
 
     def __init__(self, **values: Any) -> None:
+        fields = type(self).model_fields
         try:
-            super().__init__(**values)
+            super().__init__(**{k: v for k, v in values.items() if v != (word(fields[k]) or None)})
         except ValidationError as error:
             raise ConfigError(self._line(error.errors()[0])) from None
 
@@ -92,6 +98,17 @@ class Section(BaseModel):
         return f"{key}={value!r}: expected {expectation(field)}"
 
 
+def word(field: FieldInfo) -> str:
+    """Return the word that stands for no number at all, if there is one."""
+    extra = field.json_schema_extra
+    return str(extra["word"]) if isinstance(extra, dict) else ""
+
+
+def shown(field: FieldInfo, value: Value) -> Value:
+    """Return a value as it is given."""
+    return value or word(field) or value
+
+
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """Return the values that a setting can have, if they can be listed."""
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
@@ -113,7 +130,8 @@ def expectation(field: FieldInfo) -> str:
         elif isinstance(limit, Lt):
             bounds.append(f"below {limit.lt:g}")
     kind = words.get(field.annotation, "text")  # type: ignore[arg-type]
-    return f"{kind} {' and '.join(bounds)}".strip()
+    either = f"{word(field)} or " if word(field) else ""
+    return f"{either}{kind} {' and '.join(bounds)}".strip()
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, PrivateAttr
+from pydantic.fields import FieldInfo
 
 # These register themselves: their names and sections are part of the settings.
 from flwr_moe.app import links as _links  # noqa: F401
@@ -31,7 +32,9 @@ from flwr_moe.app.section import (
     choices,
     parse_utc,
     setting,
+    shown,
     suggest,
+    unless,
 )
 
 __all__ = ["ConfigError", "Settings", "Value", "parse_assignments", "parse_utc", "settings_help"]
@@ -78,8 +81,8 @@ class Settings(Section):
     task: Annotated[str, AfterValidator(_known_task)] = setting("digits", "what is learnt")
     seed: Whole = setting(0, "seed of data, model and links", ge=0)
     horizon_hours: Number = setting(48.0, "virtual hours to run", gt=0)
-    num_rounds: Whole = setting(0, "rounds to run; 0: until the horizon", ge=0)
-    num_clients: Whole = setting(0, "clients; 0: one per SuperNode", ge=0)
+    num_rounds: Whole = unless("auto", "rounds to run; auto: until the horizon", ge=1)
+    num_clients: Whole = unless("auto", "clients; auto: one per SuperNode", ge=1)
     num_clusters: Whole = setting(6, "device clusters, each with a site of its own", ge=1)
     num_experts: Whole = setting(12, "experts of the model, per layer", ge=1)
     top_k: Whole = setting(2, "experts active per sample", ge=1)
@@ -91,18 +94,18 @@ class Settings(Section):
     num_groups: Whole = setting(
         3, "groups of clients that name the classes differently, partition=conflict", ge=1
     )
-    learning_rate: Number = setting(0.0, "step size; 0: the system's tuned value", ge=0)
+    learning_rate: Number = unless("auto", "step size; auto: the system's tuned value", gt=0)
     batch_size: Whole = setting(16, "samples a training step", ge=1)
-    local_steps: Whole = setting(0, "training steps per update; 0: the system's own", ge=0)
+    local_steps: Whole = unless("auto", "training steps per update; auto: the system's own", ge=1)
     max_local_steps: Whole = setting(1000, "most training steps between two passes", ge=1)
     model: str = setting(
         "",
         "vgg-small, vgg11, vgg13, vgg16 or vgg19; Hugging Face name or folder, with ag-news of an "
         "encoder, with text of a causal language model; empty: the task's own",
     )
-    model_width: Number = setting(0.0, "factor on the channels; 0: the task's own", ge=0)
-    num_train: Whole = setting(0, "training samples of all clients; 0: all there are", ge=0)
-    num_test: Whole = setting(0, "test samples; 0: all there are", ge=0)
+    model_width: Number = unless("auto", "factor on the channels; auto: the task's own", gt=0)
+    num_train: Whole = unless("auto", "training samples of all clients; auto: all", ge=1)
+    num_test: Whole = unless("auto", "test samples; auto: all", ge=1)
     judge_on: Literal["auto", "all", "own"] = setting(
         "auto",
         "held-out data a global model is judged on: of all, or of each client apart (mean); auto: "
@@ -160,8 +163,8 @@ class Settings(Section):
     fixed_rate_bps: Number = setting(1e6, "links=fixed: rate, bit/s", gt=0)
     fixed_delay_s: Number = setting(0.05, "links=fixed: delay, seconds", ge=0)
     min_experts: Whole = setting(1, "fewest experts a cluster owns", ge=1)
-    max_experts: Whole = setting(
-        0, "most experts a cluster owns; 0: num-experts / num-clusters, rounded up", ge=0
+    max_experts: Whole = unless(
+        "auto", "most experts a cluster owns; auto: num-experts / num-clusters, rounded up", ge=1
     )
     eval_every_minutes: Number = setting(
         1.0, "virtual minutes a model must last to be evaluated; 0: every one", ge=0
@@ -208,9 +211,9 @@ class Settings(Section):
     def to_mapping(self) -> dict[str, Value]:
         """Return all settings by kebab-case key; `from_mapping` undoes it."""
         return {
-            key: getattr(section, name)
+            key: shown(field, getattr(section, name))
             for section in (self, *self._sections.values())
-            for key, name, _ in section.described()
+            for key, name, field in section.described()
         }
 
     def to_results(self) -> dict[str, Value]:
@@ -320,7 +323,7 @@ def settings_help() -> str:
     width = max(len(key) for key, _, _ in rows)
     lines = []
     for key, _, field in rows:
-        default = _toml(field.default).strip('"') or "(empty)"
+        default = _toml(field).strip('"') or "(empty)"
         lines.append(f"  {key:<{width}}  {field.description} [{default}]")
         if accepted := ", ".join(named.get(key, choices(field))):
             lines.append(f"  {'':<{width}}  one of {accepted}")
@@ -333,7 +336,7 @@ def pyproject_table() -> str:
     for section in _sections():
         lines = [f"[{'.'.join(filter(None, ['tool.flwr.app.config', section.prefix]))}]"]
         lines += [
-            f"{name.replace('_', '-')} = {_toml(field.default)}"
+            f"{name.replace('_', '-')} = {_toml(field)}"
             for name, field in section.model_fields.items()
         ]
         blocks.append("\n".join(lines))
@@ -347,8 +350,8 @@ def write_pyproject(path: Path) -> None:
     path.write_text(table.sub(lambda _: pyproject_table(), text), encoding="utf-8")
 
 
-def _toml(value: Value) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _toml(field: FieldInfo) -> str:
+    return json.dumps(shown(field, field.default), ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -209,9 +209,10 @@ def build_task(settings: Settings, num_clients: int, seed: int) -> Task:
     ValueError
         If a setting does not fit the task, or its data are not there.
     """
-    kind = task_kind(settings)
+    kind, usual = task_kind(settings), type(settings)()
     for key in kind.without:
-        if value := settings[key]:
+        value = settings[key]
+        if value != usual[key]:
             raise ConfigError(
                 f"{key}={value!r}: expected none, task={settings.task!r} has no such choice"
             )

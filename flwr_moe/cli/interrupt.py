@@ -44,7 +44,7 @@ def end_on_interrupt(whole_process: bool) -> Iterator[None]:
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, interrupt)
-    if whole_process:
+    if whole_process and os.name == "posix":
         # Python's own handlers wait for the main thread, which may be inside of Ray.
         reading, writing = os.pipe()
         os.set_blocking(writing, False)

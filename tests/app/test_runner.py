@@ -79,7 +79,7 @@ def test_one_seed_gives_identical_runs_and_another_seed_does_not(system: str) ->
 
 
 def test_too_few_nodes_for_the_clusters() -> None:
-    settings = SMALL.replace(num_clients=0, num_clusters=3, num_experts=6)
+    settings = SMALL.replace(num_clients="auto", num_clusters=3, num_experts=6)
     grid = LocalGrid(make_client_app(settings), 2)
     with pytest.raises(ConfigError, match="2"):
         run_system(grid, settings, 0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flwr_moe.app.registry import SECTIONS, SYSTEMS
-from flwr_moe.app.section import choices
+from flwr_moe.app.section import choices, shown, word
 from flwr_moe.app.settings import (
     ConfigError,
     Settings,
@@ -25,16 +25,16 @@ PROMISED = {
     "seed": 0,
     "links": "satellite",
     "horizon-hours": 48.0,
-    "num-rounds": 0,
-    "num-clients": 0,
+    "num-rounds": "auto",
+    "num-clients": "auto",
     "num-clusters": 6,
     "num-experts": 12,
     "top-k": 2,
     "partition": "domains",
     "dirichlet-alpha": 0.3,
-    "learning-rate": 0.0,
+    "learning-rate": "auto",
     "batch-size": 16,
-    "local-steps": 0,
+    "local-steps": "auto",
     "max-local-steps": 1000,
     "ems-fl.gate": "random-features",
     "ems-fl.assignment": "exact",
@@ -61,9 +61,9 @@ def test_every_default_is_valid_and_of_its_type() -> None:
     for section in (Settings, *SECTIONS.values()):
         for key, _, field in section.described():
             value = Settings()[key]
-            assert value == field.default
-            assert type(value) is type(field.default)
-            assert Settings.from_mapping({key: field.default}) == Settings()
+            assert value == shown(field, field.default)
+            assert type(value) is (str if word(field) else type(field.default))
+            assert Settings.from_mapping({key: value}) == Settings()
 
 
 def test_strings_and_typed_values_give_the_same_settings() -> None:
@@ -107,7 +107,11 @@ def test_settings_are_frozen() -> None:
         ("zzz", 1, r"unknown setting 'zzz'$"),
         ("fedsl.cut", "x", r"unknown setting 'fedsl\.cut': it is split\.cut now$"),
         ("seed", "2.0", r"seed='2\.0': expected a whole number"),
-        ("num-rounds", 2.0, r"num-rounds=2\.0: expected a whole number"),
+        ("num-rounds", 2.0, r"num-rounds=2\.0: expected auto or a whole number at least 1"),
+        ("num-rounds", 0, r"num-rounds=0: expected auto or a whole number at least 1"),
+        ("num-rounds", "none", r"num-rounds='none': expected auto or a whole number"),
+        ("learning-rate", "0", r"learning-rate=0\.0: expected auto or a number above 0"),
+        ("split.clip", "auto", r"split\.clip='auto': expected none or a number above 0"),
         ("seed", "two", r"seed='two': expected a whole number at least 0"),
         ("seed", 1.5, r"seed=1\.5: expected a whole number"),
         ("seed", True, r"seed=True: expected a whole number"),

@@ -7,7 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flwr_moe.app.registry import System, SystemKind, Tuned, register_system
-from flwr_moe.app.section import ConfigError, Number, Section, Whole, setting
+from flwr_moe.app.section import ConfigError, Number, Section, Whole, setting, unless
 from flwr_moe.app.systems.asynchronous import fedasync
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class EMOSettings(Section):
     period: Whole = setting(
         5, "rounds between refreshes; controller=convergence begins with it", ge=1
     )
-    budget_mb: Number = setting(0.0, "most megabytes of activations; 0: any", ge=0)
+    budget_mb: Number = unless("none", "most megabytes of activations", gt=0)
     size: Whole = setting(3, "layers of the tail, or with scaling=horizontal tails", ge=1)
     width: Whole = setting(48, "channels of the tail's first layer", ge=1)
     steps: Whole = setting(2000, "training steps of each overlay in the whole run", ge=1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flwr_moe.app.registry import System, SystemKind, Tuned, register_system
-from flwr_moe.app.section import ConfigError, Number, Section, Whole, setting
+from flwr_moe.app.section import ConfigError, Number, Section, Whole, setting, unless
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord
@@ -39,7 +39,7 @@ class SplitSettings(Section):
         "with labels=client, layer after which the client's end begins; empty: the last possible",
     )
     server_speedup: Number = setting(100.0, "the server's speed as a multiple of a device's", gt=0)
-    clip: Number = setting(0.0, "largest norm of the gradient of each half; 0: any", ge=0)
+    clip: Number = unless("none", "largest norm of the gradient of each half", gt=0)
     timeout_s: Number = setting(60.0, "wall seconds that a device waits for the server half", gt=0)
 
 
