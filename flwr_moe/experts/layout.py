@@ -111,8 +111,12 @@ class ExpertLayout:
 
     def part_specs(self, experts: Experts) -> dict[str, TensorSpec]:
         """Return what is known of the tensors of `experts`, by their stable names."""
-        named = self._named(self.select(experts))
-        return {part_name(i, e, name): self.moe_layers[i].parts[name] for i, e, name in named}
+        return {
+            part_name(i, e, name): spec
+            for i, ids in enumerate(self.select(experts))
+            for e in ids
+            for name, spec in self.moe_layers[i].parts.items()
+        }
 
     @cached_property
     def _expert_keys(self) -> frozenset[str]:
