@@ -28,7 +28,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from flwr_moe.engines.flower import simulate
 from flwr_moe.network import FixedLinks, SimulatedGrid
-from flwr_moe.network.wrapped import WrappedGrid
+from flwr_moe.network.clock import WrappedGrid
 
 BAR = 1.1
 LAYERS, WIDTH = 4, 250  # 4 x 250 x 250 numbers of 4 bytes are 1 MB

@@ -30,7 +30,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
 from flwr_moe.network import ROLL_CALL_TYPE
-from flwr_moe.network.wrapped import WrappedGrid
+from flwr_moe.network.clock import WrappedGrid
 from flwr_moe.strategies.streaming import StreamingFedAvg
 
 BAR = 3.0

@@ -192,6 +192,9 @@ class LocalGrid(Grid):
                 reason = f"{type(error)}:<'{error}'>"
                 code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
                 reply = Message(Error(code, reason), reply_to=message)
+        if reply.has_content():
+            # What has been sent is nobody else's any more.
+            reply.content = RecordDict({k: record.copy() for k, record in reply.content.items()})
         reply.metadata.__dict__["_message_id"] = str(uuid4())
         with self._lock:
             self.executed.append(message)

@@ -18,10 +18,10 @@ from flwr_moe.app.tasks import build_task
 from flwr_moe.app.tracker import Tracker
 from flwr_moe.app.train_config import train_config
 from flwr_moe.network import (
-    GatedGrid,
+    ClockGrid,
     HorizonReached,
     Links,
-    MeteredGrid,
+    RealGrid,
     SimulatedGrid,
     call_roll,
     with_wire_dtype,
@@ -129,7 +129,7 @@ def run_system(
 
 def build_network(
     grid: Grid, links: Links | None, settings: Settings, on_advance: Callable[[float], None]
-) -> SimulatedGrid | MeteredGrid:
+) -> ClockGrid:
     """Put the network that the settings describe around Flower's Grid.
 
     Parameters
@@ -145,13 +145,13 @@ def build_network(
     """
     horizon_s = settings.horizon_hours * 3600
     if links is None:
-        return MeteredGrid(grid, horizon_s=horizon_s, on_advance=on_advance)
+        return RealGrid(grid, horizon_s=horizon_s, on_advance=on_advance)
     links = SYSTEMS[settings.system].links(links, settings)
     speed = settings.steps_per_second
     if settings.clock == "wall":
         # At the speed of time the pass table holds as it is; a rehearsal begins at its start.
         since = (datetime.now(UTC) - parse_utc(settings.start)).total_seconds()
-        return GatedGrid(
+        return RealGrid(
             grid,
             links,
             start_s=max(since, 0.0) if settings.clock_speed == 1 else 0.0,

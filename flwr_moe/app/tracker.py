@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from flwr.app import ArrayRecord, MetricRecord
 
-from flwr_moe.network import MeteredGrid, SimulatedGrid
+from flwr_moe.network import ClockGrid
 from flwr_moe.report import HistoryRow
 
 Verdict = Callable[[], tuple[float, float]]
@@ -25,7 +25,7 @@ class Tracker:
     ----------
     system, seed : str, int
         Whose history it is.
-    grid : SimulatedGrid or MeteredGrid
+    grid : ClockGrid
         Tells the time and the bytes.
     judge : callable
         Takes a global model and returns a function that gives its accuracy and loss on held-out
@@ -47,7 +47,7 @@ class Tracker:
         self,
         system: str,
         seed: int,
-        grid: SimulatedGrid | MeteredGrid,
+        grid: ClockGrid,
         judge: Judge,
         lasting_s: float = 0.0,
         on_row: Callable[[HistoryRow], None] | None = None,

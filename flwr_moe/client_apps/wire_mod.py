@@ -11,7 +11,7 @@ from flwr_moe.network.wire_dtype import WIRE_RECORD, check_wire_dtype, decode, e
 def wire_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Give the function float32, and send its reply in the dtype that the message asks for.
 
-    The counterpart of :func:`~flwr_moe.network.wire_grid.with_wire_dtype`. It is to be the first
+    The counterpart of :func:`~flwr_moe.network.filters.with_wire_dtype`. It is to be the first
     of a ClientApp's mods: ``ClientApp(mods=[wire_mod, ...])``, so that all others see float32,
     privacy mods among them. Without it a node fails on a bfloat16 message, and answers with an
     error. A reply may hold bfloat16 tensors

@@ -5,27 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from logging import WARNING
 
-from flwr.app import Error, Message, MessageType
+from flwr.app import Message
 from flwr.serverapp import Grid
 
+from flwr_moe.network.clock import HorizonReached, Network, is_training
 from flwr_moe.network.flight import Flight, with_budget
-from flwr_moe.network.flower_adapter import log
-from flwr_moe.network.guard import check_reply
-from flwr_moe.network.horizon import HorizonReached
 from flwr_moe.network.ledger import KindFn, Ledger, count_bytes, default_kind
 from flwr_moe.network.links.base import Links
 from flwr_moe.network.nodes import NodeProfile
-from flwr_moe.network.roll_call import call_roll
 from flwr_moe.network.traffic import Traffic
-from flwr_moe.network.wrapped import WrappedGrid
-
-REJECTED = 1001
-"""Error code of a reply that arrived and cannot be used."""
 
 
-class SimulatedGrid(WrappedGrid):
+class SimulatedGrid(Network):
     """Flower's Grid with a virtual clock, links and a ledger.
 
     A message pushed at virtual time t reaches its node after its bytes went through
@@ -77,20 +69,11 @@ class SimulatedGrid(WrappedGrid):
         poll_s: float = 0.005,
         patience_s: float = 1800.0,
     ) -> None:
-        if not horizon_s > 0:
-            raise ValueError(f"horizon_s is {horizon_s}, expected a number above 0")
-        if not steps_per_second > 0:
-            raise ValueError(f"steps_per_second is {steps_per_second}, expected above 0")
-        super().__init__(grid)
+        super().__init__(
+            grid, ledger, horizon_s, steps_per_second, kind_of, on_advance, poll_s, patience_s
+        )
         self.links = links
-        self.ledger = Ledger() if ledger is None else ledger
-        self.horizon_s = horizon_s
-        self.now = 0.0
-        self._steps_per_second = steps_per_second
-        self._kind_of = kind_of
-        self._on_advance = on_advance
-        self._poll_s = poll_s
-        self._patience_s = patience_s
+        self._now = 0.0
         self._flights: dict[str, Flight] = {}
         self._queues: dict[int, list[Flight]] = {}
         self._idle_s: dict[tuple[int, str], float] = {}
@@ -117,8 +100,14 @@ class SimulatedGrid(WrappedGrid):
             ids[i] = self._push(batch[i], profiles[batch[i].metadata.dst_node_id])
         return [ids[i] for i in range(len(batch))]
 
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Advance the clock to the next arrival among ``message_ids`` and return it.
+    def pull_until(
+        self,
+        message_ids: Iterable[str],
+        deadline_s: float,
+        quiet_s: float = math.inf,
+        one_by_one: bool = False,
+    ) -> list[Message]:
+        """Advance the clock to the next arrival among ``message_ids``, at most to ``deadline_s``.
 
         Replies that arrive at the same instant come together. Nothing comes back when none
         of the messages can ever be answered.
@@ -128,45 +117,36 @@ class SimulatedGrid(WrappedGrid):
         HorizonReached
             When the next arrival lies beyond the horizon.
         """
-        return self.pull_until(message_ids, math.inf)
+        return self._release([*message_ids], deadline_s)
 
-    def pull_until(self, message_ids: Iterable[str], deadline_s: float) -> list[Message]:
-        """Pull, but stop the clock at ``deadline_s`` if nothing has arrived by then.
+    def abandon(self, message_ids: Iterable[str]) -> None:
+        """Give up waiting for messages: count them as late, or as lost.
 
-        Messages that are still open then can be asked for again, or abandoned.
+        Its node stays busy with it and its bytes still travel, so the processes are waited for:
+        otherwise the ledger would depend on how fast they are.
         """
-        return self._release(list(message_ids), deadline_s)
+        flights = [self._flights.pop(i) for i in message_ids if i in self._flights]
+        while any(not f.known for f in flights):
+            self._collect()
+            time.sleep(self._poll_s)
+        for flight in flights:
+            lost = math.isinf(flight.arrival_s)
+            self.ledger.event("lost" if lost else "late")
+            if not lost and flight.reply is not None:
+                self._book(flight)
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        """Send, and wait for the replies for at most ``timeout`` virtual seconds.
+    def open_ids(self) -> list[str]:
+        """Ids of the messages that have been neither answered nor abandoned."""
+        return list(self._flights)
 
-        They come in order of partition id.
+    @property
+    def now(self) -> float:
+        """Virtual seconds since the start."""
+        return self._now
 
-        Raises
-        ------
-        HorizonReached
-            When the horizon comes before the last reply that is still expected.
-        """
-        waiting = self.push_messages(messages)
-        deadline = math.inf if timeout is None else self.now + timeout
-        replies: list[Message] = []
-        while waiting:
-            batch = self._release(waiting, deadline)
-            if not batch:
-                break
-            replies += batch
-            done = {reply.metadata.reply_to_message_id for reply in batch}
-            waiting = [i for i in waiting if i not in done]
-        self.abandon(waiting)
-        # Sums of floats depend on their order: who came first must not decide it.
-        return self.by_partition(replies)
-
-    def roll_call(self) -> dict[int, NodeProfile]:
-        """Ask every node who it is; takes no virtual time and is not booked."""
-        self._profiles = call_roll(self.grid, self._patience_s, self._steps_per_second)
-        return self._profiles
+    def glance_s(self) -> float:
+        """For ever: a pull waits for the next arrival."""
+        return math.inf
 
     # --- inside ----------------------------------------------------------------
 
@@ -187,7 +167,7 @@ class SimulatedGrid(WrappedGrid):
             message_id=f"lost-{self._serial}",
             node=node,
             message=message,
-            train=message.metadata.message_type.split(".")[0] == MessageType.TRAIN,
+            train=is_training(message),
             delivered_s=delivered,
             least_compute_s=compute,
             earliest_s=self.links.transfer(node, "uplink", 0, delivered + compute)
@@ -327,37 +307,12 @@ class SimulatedGrid(WrappedGrid):
         self._book(flight)
         reply = flight.reply
         assert reply is not None
-        reason = check_reply(flight.message.content, reply.content) if reply.has_content() else None
-        if reason is not None:
-            error = Error(REJECTED, f"rejected: {reason}")
-            reply = Message(error, reply_to=flight.message)
-        if reply.has_error():
-            self.ledger.event("rejected")
-            log(WARNING, "node %d: %s", flight.node.partition_id, reply.error.reason)
-        elif flight.train:
-            self.ledger.updates += 1
-            self.ledger.arrivals.append((self.now, flight.node.site))
+        self._judge(reply, flight.node, flight.message.content, flight.train)
         return reply
 
-    def abandon(self, message_ids: list[str]) -> None:
-        """Give up waiting for messages: count them as late, or as lost.
-
-        Its node stays busy with it and its bytes still travel, so the processes are waited for:
-        otherwise the ledger would depend on how fast they are.
-        """
-        flights = [self._flights.pop(i) for i in message_ids if i in self._flights]
-        while any(not f.known for f in flights):
-            self._collect()
-            time.sleep(self._poll_s)
-        for flight in flights:
-            lost = math.isinf(flight.arrival_s)
-            self.ledger.event("lost" if lost else "late")
-            if not lost and flight.reply is not None:
-                self._book(flight)
-
     def _advance(self, to_s: float) -> None:
-        if to_s > self.now:
-            self.now = to_s
+        if to_s > self._now:
+            self._now = to_s
             if self._on_advance is not None:
                 self._on_advance(to_s)
 

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from logging import INFO
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
+from flwr.serverapp.strategy import Result
 
 from flwr_moe.arrays import RunningMean, outline, record_of, unlike, values_of
-from flwr_moe.network import HorizonReached, SimulatedGrid
+from flwr_moe.network import ClockGrid, HorizonReached
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.strategies.events import POLL_S, EventLoop
-
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+from flwr_moe.strategies.base import RoundStrategy
 
 
-class StreamingFedAvg(FedAvg):
+class StreamingFedAvg(RoundStrategy):
     """FedAvg whose memory at the server does not grow with the number of nodes.
 
     Takes the arguments of Flower's FedAvg and has its hooks. Replies are fetched one by one; each
@@ -34,8 +29,7 @@ class StreamingFedAvg(FedAvg):
     Attributes
     ----------
     events : Counter
-        ``"rejected"``, ``"lost"`` and ``"late"`` messages of the last run, the latter two where the
-        Grid has no ledger that tells.
+        ``"rejected"``, ``"lost"`` and ``"late"`` messages of the last run.
 
     Notes
     -----
@@ -55,60 +49,42 @@ class StreamingFedAvg(FedAvg):
         super().__init__(*args, **kwargs)
         self.events: Counter[str] = Counter()
         self._model: ArrayRecord | None = None
+        self._over = False
 
     def summary(self) -> None:
         """Log the settings."""
         log(INFO, "\t├──> Replies are folded into the mean one by one")
         super().summary()
 
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: EvaluateFn | None = None,
-    ) -> Result:
-        """Run ``num_rounds`` rounds; parameters and result are those of Flower's ``start``.
+    @contextmanager
+    def running(
+        self, grid: ClockGrid, arrays: ArrayRecord, num_rounds: int, train_config: ConfigRecord
+    ) -> Iterator[ClockGrid]:
+        """Count what happens to the messages of this run."""
+        before, self._over = Counter(grid.ledger.events), False
+        try:
+            yield grid
+        finally:
+            self.events = grid.ledger.events - before
 
-        Raises
-        ------
-        HorizonReached
-            When a Grid's time is over, as from FedAvg.
-        """
-        log(INFO, "Starting %s strategy:", type(self).__name__)
-        self.summary()
-        loop = _SlimLoop(grid, timeout)
-        self.events = loop.events
-        train_config = train_config or ConfigRecord()
-        evaluate_config = evaluate_config or ConfigRecord()
-        result = Result(arrays=initial_arrays)
-        del initial_arrays
-        _judge(evaluate_fn, 0, result)
-        for server_round in range(1, num_rounds + 1):
-            log(INFO, "[ROUND %s/%s]", server_round, num_rounds)
-            orders = self.configure_train(server_round, result.arrays, train_config, loop.grid)
-            self._model = outline(result.arrays)
-            replies = self._replies(loop, list(orders), timeout, result)
-            del orders
-            arrays, metrics = self.aggregate_train(server_round, replies)
-            if arrays is not None:
-                result.arrays = arrays
-            if metrics is not None:
-                log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
-                result.train_metrics_clientapp[server_round] = metrics
-            del arrays
-            questions = self.configure_evaluate(
-                server_round, result.arrays, evaluate_config, loop.grid
-            )
-            told = loop.grid.send_and_receive(questions, timeout=timeout)
-            if (metrics := self.aggregate_evaluate(server_round, told)) is not None:
-                log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
-                result.evaluate_metrics_clientapp[server_round] = metrics
-            _judge(evaluate_fn, server_round, result)
-        return result
+    def train_round(
+        self,
+        server_round: int,
+        grid: ClockGrid,
+        result: Result,
+        config: ConfigRecord,
+        timeout: float,
+    ) -> None:
+        """Send nodes to train, and fold their replies into the result one by one."""
+        self._model = outline(result.arrays)
+        orders = list(self.configure_train(server_round, result.arrays, config, grid))
+        self._note(
+            server_round,
+            result,
+            *self.aggregate_train(server_round, self._replies(grid, orders, timeout, result)),
+        )
+        if self._over:
+            raise HorizonReached
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -148,29 +124,35 @@ class StreamingFedAvg(FedAvg):
     # --- inside ------------------------------------------------------------------
 
     def _replies(
-        self, loop: _SlimLoop, orders: list[Message], timeout: float, result: Result
+        self, grid: ClockGrid, orders: list[Message], timeout: float, result: Result
     ) -> Iterator[Message]:
         """Send the orders, and give usable replies one by one."""
-        places = {n: node.partition_id for n, node in loop.grid.profiles().items()}
+        places = {n: node.partition_id for n, node in grid.profiles().items()}
         orders.sort(key=lambda order: places.get(order.metadata.dst_node_id, math.inf))
-        deadline = loop.now + timeout
-        waiting = [message_id for message_id in loop.send(orders) if message_id]
+        waiting = grid.push_messages(orders)
         orders.clear()
         known: set[str] | None = None
-        for reply in loop.one_by_one(waiting, deadline):
-            content = loop.content_of(reply, partial(self._odd, known=known))
-            if content is None:
-                # Flower's records refer to one another in circles: they would outlive many replies.
-                if reply.has_content():
-                    for record in reply.content.array_records.values():
-                        record.clear()
+        reasons: list[str | None] = []
+        for reply in self._until_horizon(grid.receive(waiting, timeout, one_by_one=True)):
+            if reply.has_content() and (reason := self._odd(reply.content, known)) is not None:
+                grid.reject(reply, reason)
+            reasons.append(reply.error.reason if reply.has_error() else None)
+            if reply.has_error():
                 continue
-            metrics = next(iter(content.metric_records.values()))
+            metrics = next(iter(reply.content.metric_records.values()))
             known = set(metrics)
             yield reply
             if metrics[self.weighted_by_key]:
                 # There is a mean now, and the old model is not needed any more.
                 result.arrays = ArrayRecord()
+        grid.failed_rounds.over(reasons)
+
+    def _until_horizon(self, replies: Iterator[Message]) -> Iterator[Message]:
+        """End a round where the time does: the old model may be gone, and the mean has begun."""
+        try:
+            yield from replies
+        except HorizonReached:
+            self._over = True
 
     def _odd(self, content: RecordDict, known: set[str] | None) -> str | None:
         """Say why a reply cannot be averaged, None if it can."""
@@ -189,79 +171,3 @@ class StreamingFedAvg(FedAvg):
         if not isinstance(weight, int | float) or not weight >= 0:
             return f"metric '{self.weighted_by_key}' is {weight!r}, expected a number from 0"
         return None
-
-
-class _SlimLoop(EventLoop):
-    """An event loop that keeps of its open messages no more than checks need."""
-
-    def send(self, messages: Collection[Message]) -> list[str | None]:
-        """Push messages."""
-        ids = super().send(messages)
-        for message_id in filter(None, ids):
-            self._sent[message_id] = _outline(self._sent[message_id])
-        return ids
-
-    def one_by_one(self, message_ids: list[str], deadline_s: float) -> Iterator[Message]:
-        """Give replies as they come, and fetch none before the one before has been dealt with.
-
-        What has not come by the deadline is given up.
-
-        Raises
-        ------
-        HorizonReached
-            When the time is over, or none of the messages can be sent any more.
-        """
-        waiting, heard = dict.fromkeys(message_ids), False
-        while waiting:
-            try:
-                came = self._some(waiting, deadline_s)
-            except HorizonReached:
-                if not heard or self.now >= self.grid.horizon_s:
-                    raise
-                break
-            if not came:
-                if isinstance(self.grid, SimulatedGrid) or self.now >= deadline_s:
-                    break
-                time.sleep(POLL_S)
-            while came:
-                reply = came.pop(0)
-                del waiting[reply.metadata.reply_to_message_id]
-                heard = True
-                yield reply
-                del reply
-        self.give_up(waiting)
-
-    def _some(self, waiting: Collection[str], deadline_s: float) -> list[Message]:
-        """Fetch the next replies of a simulated Grid, or one of another."""
-        if isinstance(self.grid, SimulatedGrid):
-            return self.next_replies(waiting, deadline_s)
-        never = 0
-        for message_id in waiting:
-            try:
-                if came := self.grid.pull_messages([message_id]):
-                    return came
-            except HorizonReached:
-                # This one cannot be sent; others may be under way.
-                never += 1
-                if never == len(waiting) or self.now >= self.grid.horizon_s:
-                    raise
-        return []
-
-
-def _outline(message: Message) -> Message:
-    """Copy a message without its arrays' values: names and shapes are what replies must match."""
-    slim = copy.copy(message)
-    slim.content = RecordDict(
-        {
-            key: outline(record) if isinstance(record, ArrayRecord) else record
-            for key, record in message.content.items()
-        }
-    )
-    return slim
-
-
-def _judge(evaluate_fn: EvaluateFn | None, server_round: int, result: Result) -> None:
-    if evaluate_fn is not None:
-        metrics = evaluate_fn(server_round, result.arrays)
-        if metrics is not None:
-            result.evaluate_metrics_serverapp[server_round] = metrics

@@ -14,7 +14,7 @@ from flwr_moe.network import (
     answer_roll_call,
     call_roll,
 )
-from flwr_moe.network import roll_call as roll_call_module
+from flwr_moe.network import nodes as roll_call_module
 from tests.local_grid import LocalGrid
 
 

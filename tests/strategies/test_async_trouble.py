@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
-from flwr_moe.network import FixedLinks, MeteredGrid, SimulatedGrid
+from flwr_moe.network import FixedLinks, RealGrid, SimulatedGrid
 from flwr_moe.strategies import FedAsync
-from flwr_moe.strategies import events as events_module
 from tests.strategies.workers import SPEEDS, Workers, local_grid, run, simulated
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(events_module, "POLL_S", 0.0)
+    monkeypatch.setitem(RealGrid.__init__.__kwdefaults__, "poll_s", 0.0)
 
 
 BAD = {
@@ -40,7 +39,7 @@ def test_bad_replies_are_counted_and_left_out_and_the_node_goes_on(kind, wrap, c
     grid = {
         "simulated": lambda: SimulatedGrid(local, FixedLinks(), poll_s=0.0),
         "plain": lambda: local,
-        "metered": lambda: MeteredGrid(local),
+        "metered": lambda: RealGrid(local),
     }[wrap]()
     strategy = FedAsync(alpha=1.0, evaluate_every=1)
     seen, result = run(strategy, grid, num_rounds=3)

@@ -4,9 +4,8 @@ import math
 
 import pytest
 
-from flwr_moe.network import HorizonReached
+from flwr_moe.network import HorizonReached, RealGrid
 from flwr_moe.strategies import FedAsync, FedBuff
-from flwr_moe.strategies import events as events_module
 from tests.strategies.workers import SPEEDS, Workers, local_grid, mixed, run, simulated
 
 ROUNDING = 1e-12
@@ -14,7 +13,7 @@ ROUNDING = 1e-12
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(events_module, "POLL_S", 0.0)
+    monkeypatch.setitem(RealGrid.__init__.__kwdefaults__, "poll_s", 0.0)
 
 
 @pytest.mark.parametrize("finish_order", [None, [0], [1, 0]])

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr_moe.engines.flower import simulate
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.experts import ExpertLayout
-from flwr_moe.network.wrapped import WrappedGrid
+from flwr_moe.network.clock import WrappedGrid
 from tests.experts.test_families import CONFIGS
 from tests.local_grid import LocalGrid
 from tests.strategies.devices import numpy_state

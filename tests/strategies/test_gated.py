@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from flwr_moe.network import metered as metered_module
-from flwr_moe.network import wall_clock as wall_clock_module
+from flwr_moe.network import MESSAGE_TTL_S, RealGrid
+from flwr_moe.network import clock as clock_module
+from flwr_moe.network import real as real_module
 from flwr_moe.network.nodes import ROLL_CALL_TYPE
-from flwr_moe.network.wall_clock import MESSAGE_TTL_S, GatedGrid
 from flwr_moe.strategies import EMSFL, FedAsync
-from flwr_moe.strategies import events as events_module
 from tests.network.test_wall_clock import Clock
 from tests.strategies.devices import PREFER_OWN, Devices, PassLinks, until_contact
 from tests.strategies.workers import TEN_STEPS, Workers, local_grid
@@ -26,7 +25,7 @@ class TickingClock(Clock):
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     clock = TickingClock()
-    for module in (metered_module, wall_clock_module, events_module):
+    for module in (clock_module, real_module):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -48,7 +47,7 @@ def test_ems_fl_works_pass_by_pass():
     devices = Devices([0, 1], 4, PREFER_OWN)
     # Cluster 0 at 20, 60, 100 ... and cluster 1 at 50, 150, 250 ... s, for 2 s each.
     links = PassLinks([[(t, t + 2.0) for t in range(a, 1000, b)] for a, b in ((20, 40), (50, 100))])
-    grid = GatedGrid(devices.local_grid(), links, horizon_s=260.0)
+    grid = RealGrid(devices.local_grid(), links, horizon_s=260.0)
     messages = watched(grid.grid)
     strategy = EMSFL(devices.layout, gate="plain")
     # Nobody is silent who waits for a pass: the time-out is shorter than the gaps.
@@ -59,7 +58,7 @@ def test_ems_fl_works_pass_by_pass():
     assert {int(t + 0.5) // 20 for t in first} == {1, 3, 5, 7, 9, 11}
     assert {int(t + 0.5) // 50 for t in second} == {1, 3, 5}
     # At the end both are sent to work once more, and no pass comes for that.
-    assert grid.ledger.events == {"lost": 2} and not strategy.events
+    assert strategy.events == grid.ledger.events == {"lost": 2}
     trained = [m for m in messages if m.metadata.message_type == "train.experts"]
     assert trained and all("step-budget" in m.content["config"] for m in trained)
 
@@ -77,7 +76,7 @@ def test_ems_fl_goes_on_without_a_device_that_waits_for_another_pass():
             return 500.0 if late else super().next_contact(node, direction, after_s)
 
     links = OneLate([[(0.0, 1000.0)], [(0.0, 1000.0)]])
-    grid = GatedGrid(devices.local_grid(), links, horizon_s=900.0)
+    grid = RealGrid(devices.local_grid(), links, horizon_s=900.0)
     strategy = EMSFL(devices.layout, gate="plain", straggler_s=30.0)
     config = until_contact(**{"local-steps": 5})
     strategy.start(grid, devices.initial, 2, timeout=5.0, train_config=config)
@@ -93,7 +92,7 @@ def test_fedasync_works_pass_by_pass_and_ends_when_no_pass_is_left():
     local = local_grid(workers, (1.0, 1.0))
     for partition in (0, 1):
         local.contexts[local.node_id(partition)].node_config["site"] = partition
-    grid = GatedGrid(local, links, horizon_s=80.0)
+    grid = RealGrid(local, links, horizon_s=80.0)
     strategy = FedAsync(alpha=1.0, staleness="constant")
     start = ArrayRecord({"x": Array(np.zeros(1))})
     result = strategy.start(grid, start, 500, timeout=5.0, train_config=TEN_STEPS)

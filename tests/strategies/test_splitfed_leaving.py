@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord
 
-from flwr_moe.network import HorizonReached, MeteredGrid
+from flwr_moe.network import HorizonReached, RealGrid
 from flwr_moe.strategies.split.splitfed import SplitFed
 from tests.local_grid import LocalGrid
 from tests.strategies.split_clients import CONFIG, build_model, serving, split_app
@@ -24,7 +24,7 @@ class Shrinking(LocalGrid):
         return list(super().get_node_ids())[self.left if trained else 0 :]
 
 
-def start(strategy: SplitFed, network: MeteredGrid) -> None:
+def start(strategy: SplitFed, network: RealGrid) -> None:
     strategy.start(
         network,
         ArrayRecord(build_model().state_dict()),
@@ -38,7 +38,7 @@ def test_rounds_go_on_with_the_nodes_that_are_left() -> None:
     grid = Shrinking(split_app(), 3)
     grid.left = 1
     with serving(strategy):
-        start(strategy, MeteredGrid(grid, horizon_s=100.0))
+        start(strategy, RealGrid(grid, horizon_s=100.0))
     assert strategy.run.batches == (3 + 2 + 2) * CONFIG["local-steps"]
 
 
@@ -47,4 +47,4 @@ def test_nobody_is_waited_for_beyond_the_horizon() -> None:
     grid = Shrinking(split_app(), 2)
     grid.left = 2
     with serving(strategy), pytest.raises(HorizonReached):
-        start(strategy, MeteredGrid(grid, horizon_s=5.0))
+        start(strategy, RealGrid(grid, horizon_s=5.0))

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch.nn import functional
 
 from flwr_moe.engines.flower import simulate
-from flwr_moe.network import FixedLinks, MeteredGrid, SimulatedGrid, count_bytes
+from flwr_moe.network import FixedLinks, RealGrid, SimulatedGrid, count_bytes
 from flwr_moe.split import cut_codecs
 from flwr_moe.split.session import SplitSession
 from flwr_moe.strategies import FedSL, SplitFed
@@ -122,7 +122,7 @@ def test_a_client_with_another_top_cut_is_refused_with_a_reason() -> None:
 
     strategy = ushaped()
     with serving(strategy):
-        network = MeteredGrid(LocalGrid(split_app(mods=[other]), 2))
+        network = RealGrid(LocalGrid(split_app(mods=[other]), 2))
         result = strategy.start(
             network,
             ArrayRecord(build_model().state_dict()),

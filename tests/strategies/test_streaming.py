@@ -14,14 +14,12 @@ from flwr.serverapp.strategy import FedAvg
 from flwr_moe.client_apps.wire_mod import wire_mod
 from flwr_moe.network import (
     FixedLinks,
-    GatedGrid,
-    HorizonReached,
-    MeteredGrid,
+    RealGrid,
     SimulatedGrid,
     answer_roll_call,
+    with_wire_dtype,
 )
-from flwr_moe.network.wire_grid import with_wire_dtype
-from flwr_moe.network.wrapped import WrappedGrid
+from flwr_moe.network.clock import WrappedGrid
 from flwr_moe.strategies.streaming import StreamingFedAvg
 from tests.local_grid import LocalGrid
 from tests.strategies.devices import PassLinks
@@ -90,7 +88,7 @@ def same(one, other, tolerance=ROUNDING):
 
 GRIDS = {
     "plain": lambda grid: grid,
-    "metered": MeteredGrid,
+    "metered": RealGrid,
     "simulated": lambda grid: SimulatedGrid(grid, FixedLinks(8e3), poll_s=0.0),
     "one-after-the-other": lambda grid: SimulatedGrid(grid, FixedLinks(8e3, 1.0), poll_s=0.0),
 }
@@ -198,7 +196,7 @@ def test_a_round_without_usable_replies_changes_nothing():
 
 def test_silent_nodes_are_waited_for_until_the_timeout():
     local = LocalGrid(learner(), 3)
-    grid = MeteredGrid(local)
+    grid = RealGrid(local)
     grid.profiles()
     local.silent = {2}
     _, seen, strategy = run(
@@ -210,6 +208,10 @@ def test_silent_nodes_are_waited_for_until_the_timeout():
     assert np.allclose(seen[1]["w"], old + (5 * steps[0] + 15 * steps[1]) / 20, atol=ROUNDING)
 
 
+def noise(partition):
+    return np.random.default_rng([partition, 1]).normal(size=(3, 4))
+
+
 def test_virtual_timeout_and_horizon():
     slow = {2: {"steps-per-second": 1.0}}
     for timeout, horizon_s, late in ((5.0, math.inf, 1), (1e9, 5.0, None)):
@@ -218,8 +220,12 @@ def test_virtual_timeout_and_horizon():
         strategy = StreamingFedAvg(min_train_nodes=3, fraction_evaluate=0.0)
         config = ConfigRecord({"local-steps": 10})
         if late is None:
-            with pytest.raises(HorizonReached):
-                strategy.start(grid, model(), 1, timeout, config)
+            result = strategy.start(grid, model(), 1, timeout, config)
+            assert grid.now == horizon_s
+            # What had come by then is averaged.
+            old, steps = model()["w"].numpy(), [noise(p) for p in (0, 1)]
+            expected = old + (5 * steps[0] + 15 * steps[1]) / 20
+            assert np.allclose(result.arrays["w"].numpy(), expected, atol=ROUNDING)
         else:
             result = strategy.start(grid, model(), 1, timeout, config)
             assert grid.ledger.events == {"late": 1} and grid.now == 5.0
@@ -229,7 +235,7 @@ def test_virtual_timeout_and_horizon():
 def test_nodes_that_are_never_in_view_hold_up_nobody():
     windows = [[], [(0.0, 1e4)], [(0.0, 1e4)]]
     local = LocalGrid(learner(), 3, node_configs={p: {"site": p} for p in range(3)})
-    grid = GatedGrid(local, PassLinks(windows), horizon_s=1e4, poll_s=0.01)
+    grid = RealGrid(local, PassLinks(windows), horizon_s=1e4, poll_s=0.01)
     _, seen, _ = run(StreamingFedAvg, grid, 1, min_train_nodes=3, fraction_evaluate=0.0)
     assert grid.ledger.events == {"lost": 1}
     steps = [np.random.default_rng([p, 1]).normal(size=(3, 4)) for p in (1, 2)]

@@ -14,11 +14,9 @@ from flwr.serverapp.exception import InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAvg, Result
 
 from flwr_moe.arrays import Arrays, arrays_of, outline, record_of, unlike
-from flwr_moe.network import HorizonReached
+from flwr_moe.network import MESSAGE_TTL_S, HorizonReached
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.network.wall_clock import MESSAGE_TTL_S
-from flwr_moe.strategies.events import EventLoop
-from flwr_moe.strategies.nodes import sample
+from flwr_moe.strategies.base import EventLoop, sample
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -152,6 +150,7 @@ class AsyncStrategy(FedAvg):
         self.reset()
         nodes = list(loop.wait_for_nodes(self.min_available_nodes))
         at_work = sample(nodes, self.fraction_train, self.min_train_nodes, self._rng)
+        loop.at_work = len(at_work)
         run = _Run(
             loop=loop,
             arrays=arrays_of(initial_arrays),
@@ -177,6 +176,7 @@ class AsyncStrategy(FedAvg):
                         self._take_evaluation(run, reply)
                     else:
                         self._take_update(run, reply)
+            loop.finish()
         except HorizonReached:
             run.over = True
         if run.over:

@@ -21,10 +21,10 @@ from flwr_moe.messages.emo import (
     TailOrder,
 )
 from flwr_moe.network import MESSAGE_TTL_S, HorizonReached, NodeProfile
+from flwr_moe.network.filters import devices_of
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.overlay.controller import Controller, History
-from flwr_moe.strategies.emo.devices import devices_of
-from flwr_moe.strategies.events import EventLoop
+from flwr_moe.strategies.base import EventLoop
 
 OVERLAY = "overlay"
 MOST_FAILURES = 3

@@ -17,7 +17,8 @@ from torch import nn
 from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.checks import check_numbers
 from flwr_moe.messages.emo import ActivationOrder, TailOrder, recipe_fields
-from flwr_moe.network import SimulatedGrid
+from flwr_moe.network import with_clock
+from flwr_moe.network.filters import DevicesOnly
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.overlay.block import fingerprint, tap_output
 from flwr_moe.overlay.controller import Controller, Convergence
@@ -25,10 +26,8 @@ from flwr_moe.overlay.ensemble import Ensemble
 from flwr_moe.overlay.tails import check_tail
 from flwr_moe.overlay.training import Recipe
 from flwr_moe.split.cut import split_model
-from flwr_moe.strategies.emo.devices import MeteredDevices, SimulatedDevices
+from flwr_moe.strategies.base import EventLoop
 from flwr_moe.strategies.emo.run import EMORun
-from flwr_moe.strategies.events import EventLoop
-from flwr_moe.strategies.nodes import with_clock
 from flwr_moe.training import Samples, accuracy_and_loss, predict
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -198,11 +197,7 @@ class EMO(Strategy):
         grid = with_clock(grid, timeout)
         self.run = run = self._new_run(EventLoop(grid, timeout))
         run.arrays = initial_arrays
-        devices: Grid = (
-            SimulatedDevices(grid, run)
-            if isinstance(grid, SimulatedGrid)
-            else MeteredDevices(grid, run)
-        )
+        devices = DevicesOnly(grid, run)
         self.summary()
         last_round = 0
 

@@ -27,10 +27,10 @@ from flwr_moe.messages.ems_fl import (
 )
 from flwr_moe.network import MESSAGE_TTL_S
 from flwr_moe.network.flower_adapter import log
+from flwr_moe.strategies.base import EventLoop
 from flwr_moe.strategies.ems_fl.cluster import Cluster
 from flwr_moe.strategies.ems_fl.gate import GateFitter
 from flwr_moe.strategies.ems_fl.plan import Assignment
-from flwr_moe.strategies.events import EventLoop
 
 
 @dataclass
@@ -94,7 +94,7 @@ class EMSRun:
             for cluster in idle:
                 ids = self.loop.send(self.orders_for(cluster, self.train_config))
                 for node, message_id in zip(cluster.nodes, ids, strict=True):
-                    if message_id is None:
+                    if not message_id:
                         self._forget(node.node_id)
                 cluster.begin([message_id for message_id in ids if message_id], self.version)
                 if not cluster.pending:

@@ -15,11 +15,11 @@ from flwr_moe.experts import ExpertLayout, RandomFeatures, Router
 from flwr_moe.messages.ems_fl import GATES
 from flwr_moe.network import HorizonReached
 from flwr_moe.network.flower_adapter import log
+from flwr_moe.strategies.base import EventLoop
 from flwr_moe.strategies.ems_fl.cluster import Cluster, gather_clusters
 from flwr_moe.strategies.ems_fl.gate import GateFitter
 from flwr_moe.strategies.ems_fl.plan import Assignment, check_bounds
 from flwr_moe.strategies.ems_fl.run import EMSRun
-from flwr_moe.strategies.events import EventLoop
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 

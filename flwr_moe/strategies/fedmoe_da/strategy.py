@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from logging import INFO, WARNING
+from logging import INFO
 from typing import Any
 
 import numpy as np
@@ -28,17 +28,12 @@ from flwr_moe.messages.fedmoe_da import (
     PeerOrder,
     PersonalOrder,
 )
-from flwr_moe.network import (
-    MESSAGE_TTL_S,
-    MeteredGrid,
-    SimulatedGrid,
-    check_reply,
-)
+from flwr_moe.network import MESSAGE_TTL_S, ClockGrid, with_clock
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.network.wire_dtype import check_wire_dtype
+from flwr_moe.strategies.base import sample
 from flwr_moe.strategies.fedmoe_da.relay import relay_experts
-from flwr_moe.strategies.nodes import sample, wait_for, with_clock
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -204,7 +199,7 @@ class FedMoEDA(FedAvg):
         heard: dict[int, int] = {}
         for client, reply in run.in_order(replies):
             node_id = reply.metadata.src_node_id
-            if not self._usable(client, reply):
+            if not self._usable(reply):
                 continue
             heard[node_id] = client
             metrics = metrics_of(reply.content)
@@ -273,25 +268,16 @@ class FedMoEDA(FedAvg):
         shared = self.layout.shared(self._running.state)
         return [k for k in shared if not (k in kept or k.startswith(tuple(self.personal)))]
 
-    def _usable(self, client: int, reply: Message) -> bool:
+    def _usable(self, reply: Message) -> bool:
         """Whether a reply can be used; logs and counts it if not."""
-        network = self._running.network
-        reason = reply.error.reason if reply.has_error() else self._reason_against(reply)
-        if reason is None:
-            return True
-        # A simulated Grid has counted and logged errors itself.
-        if not (reply.has_error() and isinstance(network, SimulatedGrid)):
-            log(WARNING, "node %d: %s", client, reason)
-        if not reply.has_error():
-            network.ledger.event("rejected")
-        return False
+        if reply.has_content() and (reason := self._reason_against(reply)) is not None:
+            self._running.network.reject(reply, reason)
+        return reply.has_content()
 
     def _reason_against(self, reply: Message) -> str | None:
         """Say why a reply cannot be used, None if it can."""
         run, content = self._running, reply.content
         sent = run.sent[reply.metadata.src_node_id]
-        if (reason := check_reply(sent, content)) is not None:
-            return reason
         expected = {TRAINED_SHARED: self._shared_keys()}
         config = sent.config_records[self.configrecord_key]
         if PersonalOrder.from_record(config).report_gates or self.relay:
@@ -347,7 +333,7 @@ class _Run:
         This round's orders by node id.
     """
 
-    network: SimulatedGrid | MeteredGrid
+    network: ClockGrid
     state: dict[str, NDArray[Any]]
     rng: random.Random
     partitions: dict[int, int] = field(default_factory=dict)
@@ -361,7 +347,7 @@ class _Run:
 
     def meet(self, least: int, default_url: str) -> list[NodeProfile]:
         """Wait until ``least`` nodes are there, and note who they are."""
-        nodes = list(wait_for(self.network, least).values())
+        nodes = list(self.network.wait_for_nodes(least).values())
         self.partitions = {node.node_id: node.partition_id for node in nodes}
         # Kept for clients that leave: their exchanges may well be there still.
         self.urls |= {node.partition_id: node.exchange_url or default_url for node in nodes}

@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from logging import WARNING
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
@@ -15,8 +14,7 @@ from flwr_moe.arrays import arrays_of, record_of, unlike, weighted_mean
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.exchange.app import Handler
 from flwr_moe.messages.split import HALF, SplitFigures, SplitReply
-from flwr_moe.network import MeteredGrid, SimulatedGrid, check_reply
-from flwr_moe.network.flower_adapter import log
+from flwr_moe.network import ClockGrid
 from flwr_moe.network.ledger import Ledger
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.split.prune import Kept
@@ -63,7 +61,7 @@ class SplitRun:
         Units of the client half that all devices have kept, if they choose alike.
     """
 
-    network: SimulatedGrid | MeteredGrid
+    network: ClockGrid
     session: SplitSession
     half: ArrayRecord
     snapshot: ArrayRecord
@@ -115,11 +113,8 @@ class SplitRun:
             try:
                 heard[node_id] = self._read(node_id, reply, halves)
             except ValueError as error:
-                # A simulated Grid has counted and logged errors itself.
-                if not (reply.has_error() and isinstance(self.network, SimulatedGrid)):
-                    log(WARNING, "node %d: %s", self.partitions[node_id], error)
-                if not reply.has_error():
-                    self.network.ledger.event("rejected")
+                if reply.has_content():
+                    self.network.reject(reply, str(error))
         self.met |= heard.keys()
         # Who failed may have lost what it had been sent: it is told everything again.
         self.informed = (self.informed | heard.keys()) - (self.sent.keys() - heard.keys())
@@ -144,9 +139,7 @@ class SplitRun:
         read = SplitReply.from_record(reply.content, self.steps)
         read.weight(self.weighted_by)
         book_by_role(self.network.ledger, self.partitions[node_id], read.figures)
-        reason = check_reply(self.sent[node_id], reply.content)
-        if reason is None and halves:
-            reason = unlike(read.half, self.half, HALF)
+        reason = unlike(read.half, self.half, HALF) if halves else None
         if reason is not None:
             raise ValueError(reason)
         return read

@@ -20,7 +20,8 @@ from flwr_moe.exchange.app import Handler
 from flwr_moe.exchange.request import Refused
 from flwr_moe.messages.base import read_value
 from flwr_moe.messages.split import SPLIT_TRAIN, SplitOrder
-from flwr_moe.network import MESSAGE_TTL_S
+from flwr_moe.network import MESSAGE_TTL_S, with_clock
+from flwr_moe.network.filters import OneAtATime
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.split.codecs import Chain, Role, cut_codecs
@@ -30,8 +31,7 @@ from flwr_moe.split.protocol import HANDLER, Answer, agreement
 from flwr_moe.split.prune_groups import find_groups
 from flwr_moe.split.session import SERVERS, SplitSession
 from flwr_moe.split.step import LossFn
-from flwr_moe.strategies.in_turn import InTurn
-from flwr_moe.strategies.nodes import sample, wait_for, with_clock
+from flwr_moe.strategies.base import sample
 from flwr_moe.strategies.split.run import SplitRun, local_exchange
 
 LABELS = ("server", "client")
@@ -224,10 +224,10 @@ class SplitFed(FedAvg):
             if not self.exchange_url:
                 # Simulated nodes have all been started when they have answered: a process that
                 # is forked while a server's threads run may hang.
-                wait_for(grid, self.min_available_nodes)
+                grid.wait_for_nodes(self.min_available_nodes)
                 run.address = stack.enter_context(local_exchange(self.handlers))
             return super().start(
-                grid if self.server == "copies" else InTurn(grid),
+                grid if self.server == "copies" else OneAtATime(grid),
                 initial_arrays,
                 num_rounds,
                 timeout,
@@ -244,7 +244,7 @@ class SplitFed(FedAvg):
         """Open the round at the server half, and write every sampled client's order."""
         run = self.run
         least = self.min_available_nodes if server_round == 1 else 1
-        nodes = list(wait_for(run.network, least).values())
+        nodes = list(run.network.wait_for_nodes(least).values())
         nodes = sample(nodes, self.fraction_train, self.min_train_nodes, run.rng)
         rate = read_value(
             config, "learning-rate", float, default=self.learning_rate, place=CONFIG, least=0

@@ -21,7 +21,7 @@ from flwr_moe.client_apps import build_client_app
 from flwr_moe.client_apps.emo import overlay_mod, register_overlay
 from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.experts import ExpertLayout
-from flwr_moe.network import FixedLinks, MeteredGrid, SimulatedGrid, answer_roll_call
+from flwr_moe.network import FixedLinks, RealGrid, SimulatedGrid, answer_roll_call
 from flwr_moe.overlay.controller import EveryRound, FixedPeriod
 from flwr_moe.overlay.training import Recipe
 from flwr_moe.strategies import EMSFL, FedAsync
@@ -173,7 +173,7 @@ class SortedSimulation(Sorted, SimulatedGrid):
     pass
 
 
-class SortedReal(Sorted, MeteredGrid):
+class SortedReal(Sorted, RealGrid):
     pass
 
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from flwr_moe.network import FixedLinks, MeteredGrid
-from flwr_moe.strategies import events as events_module
+from flwr_moe.network import FixedLinks, RealGrid
 from flwr_moe.strategies.ems_fl.cluster import MOST_FAILURES
 from tests.network.apps import LossyLinks
 from tests.strategies.devices import (
@@ -93,7 +92,7 @@ def test_one_bad_device_of_three_is_left_out_of_the_average(trouble, wrap):
     if wrap == "simulated":
         result, grid, _ = run(strategy, devices, FixedLinks(), num_rounds=2, config=FIVE_STEPS)
     else:
-        grid = MeteredGrid(devices.local_grid())
+        grid = RealGrid(devices.local_grid())
         result = strategy.start(grid, devices.initial, 2, train_config=FIVE_STEPS)
     change = parts(devices, numpy_state(result.arrays)) - parts(
         devices, numpy_state(devices.initial)
@@ -260,10 +259,10 @@ def test_a_reply_at_the_very_deadline_is_in_time():
 
 
 def test_a_straggler_on_a_real_grid_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(events_module, "POLL_S", 0.002)
+    monkeypatch.setitem(RealGrid.__init__.__kwdefaults__, "poll_s", 0.002)
     devices = Devices([0, 0], 2)
     local = devices.local_grid()
-    grid = MeteredGrid(local)
+    grid = RealGrid(local)
     grid.profiles()
     local.silent = {1}
     strategy = plain(devices, straggler_s=0.05)
@@ -274,7 +273,7 @@ def test_a_straggler_on_a_real_grid_is_not_waited_for(monkeypatch):
 
 
 def test_a_silent_cluster_on_a_real_grid_is_given_up_and_left_out(monkeypatch):
-    monkeypatch.setattr(events_module, "POLL_S", 0.0)
+    monkeypatch.setitem(RealGrid.__init__.__kwdefaults__, "poll_s", 0.0)
     devices = Devices([0, 1], 4, PREFER_OWN)
     local = devices.local_grid()
     asked = []
