@@ -204,6 +204,7 @@ class EMSFL(Strategy):
         log(INFO, "Starting %s strategy:", type(self).__name__)
         self.summary()
         clusters = gather_clusters(loop.wait_for_nodes(self.min_available_nodes).values())
+        loop.at_work = sum(len(cluster.nodes) for cluster in clusters)
         upper = check_bounds(self.layout, len(clusters), self.min_experts, self.max_experts)
         run = self._run = EMSRun(
             loop,
@@ -244,6 +245,7 @@ class EMSFL(Strategy):
                         result.train_metrics_clientapp[run.version] = metrics
                     if run.fit_gate() or metrics is not None:
                         evaluate()
+            loop.finish()
         except HorizonReached:
             log(INFO, "EMSFL: the time is over")
         self.events = dict(loop.events)
