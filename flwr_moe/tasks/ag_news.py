@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from flwr_moe.lora.base import own_copy
 from flwr_moe.tasks.base import SPLITS, Indices, Task
 from flwr_moe.tasks.parquet import LabelledTexts, read_texts, source_of
-from flwr_moe.tasks.shares import balanced_draw, check_shares
-from flwr_moe.tasks.text_encoder import FloatArray, Trunk, top_of
+from flwr_moe.tasks.shares import balanced_draw, check_shares, deal_by_topic, topics_of_clusters
+from flwr_moe.tasks.text_encoder import (
+    FloatArray,
+    TextClassifier,
+    Trunk,
+    is_token,
+    masked_mean,
+    top_of,
+)
 from flwr_moe.tasks.text_lora import LoraPlan, with_experts
-from flwr_moe.tasks.text_model import TextClassifier, is_token, masked_mean
-from flwr_moe.tasks.text_topics import deal_by_topic, topics_of_clusters
 from flwr_moe.training.loop import batch_size_for, train_steps
 from flwr_moe.training.samples import Samples
 
@@ -154,7 +159,7 @@ class AgNews(Task):
     def _trained(self, classifier: TextClassifier) -> nn.Module:
         """Make trainable what is to be trained of a frozen encoder's layers."""
         if self.lora is not None:
-            return with_experts(classifier, self.lora)
+            return with_experts(classifier, self.lora, classifier.head, kept=["head"])
         own_copy(classifier.top)
         return classifier
 

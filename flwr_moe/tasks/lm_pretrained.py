@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.lora.base import own_copy, shared_base
 from flwr_moe.tasks.hub import from_hub, refusal
-from flwr_moe.tasks.lm_model import NextToken
-from flwr_moe.tasks.text_lora import LoraPlan, check_targets
+from flwr_moe.tasks.lm import NextToken
+from flwr_moe.tasks.text_lora import LoraPlan, with_experts
 
 KIND = "a causal language model and its tokenizer"
 CHECK_LENGTH = 6
@@ -56,7 +56,10 @@ def build_language_model(where: str, plan: LoraPlan | None, seed: int) -> nn.Mod
                 f"lora.gate is {plan.gate!r}, expected 'token': with another it would see the "
                 "tokens that are to be guessed"
             )
-        return _with_lora_experts(where, plan, seed)
+        base = pretrained(where)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        output = base.get_output_embeddings()
+        return with_experts(NextToken(base), plan, output, generator=generator)
     if plan is not None:
         ExpertLayout.of(skeleton(where))
     if torch.empty(0).is_meta:
@@ -138,31 +141,3 @@ def _untie(model: Any) -> None:
     model.config.tie_word_embeddings = False
     model.config.get_text_config().tie_word_embeddings = False
     model.all_tied_weights_keys = {}
-
-
-def _with_lora_experts(where: str, plan: LoraPlan, seed: int) -> nn.Module:
-    # Imported late, as above.
-    from flwr_moe.lora.build import add_lora_experts
-    from flwr_moe.lora.sites import require_peft
-
-    lora = require_peft()
-    model = NextToken(pretrained(where))
-    names = _linear_names(model)
-    check_targets(plan.targets, names, dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
-    config = lora.LoraConfig(r=plan.rank, lora_alpha=plan.alpha, target_modules=list(plan.targets))
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return add_lora_experts(
-        model, config, plan.num_experts, plan.top_k, gate=plan.gate, generator=generator
-    )
-
-
-def _linear_names(model: NextToken) -> list[str]:
-    """Name the linear layers inside a model, those of GPT-2's kind too, but its output layer."""
-    decoder: Any = model.decoder
-    output = decoder.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if module is not output
-        and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-    ]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Generator, nn
 
 from flwr_moe.lora.layer import GateKind
 
@@ -36,49 +36,58 @@ class LoraPlan:
     gate: GateKind = "sequence"
 
 
-def with_experts(model: nn.Module, plan: LoraPlan) -> nn.Module:
-    """Return a model with routed LoRA experts, of which only they and the head are trained.
+def with_experts(
+    model: nn.Module,
+    plan: LoraPlan,
+    output: nn.Module,
+    *,
+    kept: Sequence[str] = (),
+    generator: Generator | None = None,
+) -> nn.Module:
+    """Return a model with routed LoRA experts, of which only they and what is kept are trained.
 
     Parameters
     ----------
     model : nn.Module
-        With a linear layer ``head``.
+        With linear layers, or such of GPT-2's kind.
     plan : LoraPlan
         What to add.
+    output : nn.Module
+        The layer that gives the answer, which gets no experts.
+    kept : sequence of str
+        Modules that are trained as they are.
+    generator : torch.Generator, optional
+        Draws gates and one matrix of every expert; the other is zero.
 
     Raises
     ------
     ValueError
         If PEFT is not installed, or no layer's name ends as one of the targets does.
     """
-    try:
-        # Imported late: it takes seconds, and only tasks of texts need it.
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ValueError("task needs LoRA: expected `pip install 'flwr-moe[peft]'`") from error
+    # Imported late: it takes seconds, and only tasks of texts need it.
     from flwr_moe.lora.build import add_lora_experts
+    from flwr_moe.lora.sites import require_peft
 
-    linears = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)}
-    names = [name for name, _ in model.named_modules()]
-    check_targets(plan.targets, names, sorted(linears - {"head"}))
-    config = LoraConfig(
-        r=plan.rank,
-        lora_alpha=plan.alpha,
-        target_modules=list(plan.targets),
-        modules_to_save=["head"],
-    )
-    return add_lora_experts(model, config, plan.num_experts, plan.top_k, gate=plan.gate)
-
-
-def check_targets(targets: Sequence[str], names: Sequence[str], choice: Iterable[str]) -> None:
-    """Raise ValueError that names the choice unless each target ends the name of a module."""
+    lora = require_peft()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if module is not output
+        and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    ]
+    targets = list(plan.targets)
     unknown = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
     if unknown or not targets:
         raise ValueError(
             f"lora.targets names {','.join(unknown) or 'nothing'}, expected some of "
-            f"{', '.join(choice)}"
+            f"{', '.join(sorted({name.rsplit('.', 1)[-1] for name in names}))}"
         )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+    config = lora.LoraConfig(
+        r=plan.rank,
+        lora_alpha=plan.alpha,
+        target_modules=targets,
+        modules_to_save=list(kept) or None,
+    )
+    return add_lora_experts(
+        model, config, plan.num_experts, plan.top_k, gate=plan.gate, generator=generator
+    )

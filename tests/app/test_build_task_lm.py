@@ -125,7 +125,7 @@ def test_halves_of_a_pretrained_decoder_are_cut_between_its_blocks(folder: Path)
     ("more", "message"),
     [
         ({"model": "/nowhere"}, "model is '/nowhere', expected the name or folder of a causal"),
-        ({"lora_targets": "query,value"}, "lora.targets names query,value, expected some of q_p"),
+        ({"lora_targets": "query,value"}, "lora.targets names query,value, expected some of do"),
         ({"model_width": 2.0}, "model-width=2.0: expected none, model='.*' has its own"),
         ({"augment": True}, "augment=True: expected none, task='text' has no such choice"),
         ({"text_max_length": 17}, "text.max-length is 17, expected at most 16"),

@@ -18,9 +18,8 @@ from flwr_moe.split.protocol import agreement
 from flwr_moe.split.prune import choose_kept, shrink
 from flwr_moe.split.session import SplitSession
 from flwr_moe.split.step import cross_entropy_over_labels
-from flwr_moe.tasks.lm_model import NextByte
-from flwr_moe.tasks.text_encoder import _AsGiven
-from flwr_moe.tasks.text_model import TextClassifier
+from flwr_moe.tasks.lm import NextByte
+from flwr_moe.tasks.text_encoder import TextClassifier, _AsGiven
 from tests.split.halves import assert_same_step
 from tests.split.test_cut_transformers import BERT, GPT2, LLAMA, build
 from tests.split.test_ushape import assert_same_step as assert_same_step_in_three

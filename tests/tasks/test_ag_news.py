@@ -11,8 +11,8 @@ import torch
 
 from flwr_moe.experts import ExpertLayout, restricted_gate
 from flwr_moe.tasks.ag_news import AgNews
+from flwr_moe.tasks.shares import deal_by_topic, topics_of_clusters
 from flwr_moe.tasks.text_lora import LoraPlan
-from flwr_moe.tasks.text_topics import deal_by_topic, topics_of_clusters
 from flwr_moe.training import accuracy_and_loss, predict
 from flwr_moe.training.samples import gate_view
 from tests.tasks.tiny_text import WIDTH, write_encoder, write_news

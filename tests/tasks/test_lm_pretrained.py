@@ -26,8 +26,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("kind", "plan", "message"),
     [
-        ("llama", LoraPlan(gate="token"), "names query,value, expected some of q_proj, k_proj, "),
-        ("gpt2", LoraPlan(targets=("c_attn", "x"), gate="token"), "names x, .* of c_attn, c_proj"),
+        (
+            "llama",
+            LoraPlan(gate="token"),
+            "names query,value, expected some of down_proj, gate_",
+        ),
+        (
+            "gpt2",
+            LoraPlan(targets=("c_attn", "x"), gate="token"),
+            "names x, .* of c_attn, c_fc, c_proj",
+        ),
         ("llama", LoraPlan(targets=(), gate="token"), "lora.targets names nothing, expected some"),
         ("llama", LoraPlan(targets=("lm_head",), gate="token"), "names lm_head, expected some of"),
         ("llama", LoraPlan(targets=("q_proj",)), "lora.gate is 'sequence', expected 'token'"),

@@ -10,8 +10,14 @@ import transformers
 
 from flwr_moe.tasks import text_encoder
 from flwr_moe.tasks.cache import cached_array
-from flwr_moe.tasks.text_encoder import Trunk, encoder_place, top_of
-from flwr_moe.tasks.text_model import TextClassifier, is_token, masked_mean
+from flwr_moe.tasks.text_encoder import (
+    TextClassifier,
+    Trunk,
+    encoder_place,
+    is_token,
+    masked_mean,
+    top_of,
+)
 from tests.tasks.tiny_text import LAYERS, WIDTH, write_encoder
 
 TEXTS = ["the war", "a new chip and the old bank says today", "goal", "vote on peace of the market"]
