@@ -14,7 +14,7 @@ from flwr_moe.network import FixedLinks, SimulatedGrid, answer_roll_call, with_w
 from flwr_moe.strategies import FedAsync, FedBuff, SplitFed, StreamingFedAvg
 from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid
-from tests.strategies.split_clients import CONFIG, serving, split_app
+from tests.strategies.split.split_clients import CONFIG, serving, split_app
 
 MODEL = {
     "w": np.array([1.0, 2.0], np.float32),

@@ -13,7 +13,7 @@ from flwr_moe.split.cut import split_model
 from flwr_moe.strategies import FedSL
 from tests.local_grid import LocalGrid
 from tests.split.halves import wire_bytes
-from tests.strategies.split_clients import (
+from tests.strategies.split.split_clients import (
     assert_close,
     build_model,
     by_hand,

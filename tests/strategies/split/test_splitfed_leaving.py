@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr_moe.network import HorizonReached, RealGrid
 from flwr_moe.strategies.split.splitfed import SplitFed
 from tests.local_grid import LocalGrid
-from tests.strategies.split_clients import CONFIG, build_model, serving, split_app
+from tests.strategies.split.split_clients import CONFIG, build_model, serving, split_app
 
 
 class Shrinking(LocalGrid):

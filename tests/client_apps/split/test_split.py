@@ -20,7 +20,7 @@ from flwr_moe.strategies import FedSL, SplitFed
 from flwr_moe.tasks import Digits
 from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid
-from tests.strategies.split_clients import build_model, data_of, run_split, serving
+from tests.strategies.split.split_clients import build_model, data_of, run_split, serving
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from flwr_moe.strategies import SplitFed
 from flwr_moe.training import Samples
 from tests.local_grid import LocalGrid
 from tests.split.halves import wire_bytes
-from tests.strategies.split_clients import (
+from tests.strategies.split.split_clients import (
     CONFIG,
     assert_close,
     build_model,
