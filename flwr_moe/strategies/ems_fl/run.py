@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import Any
@@ -92,7 +92,7 @@ class EMSRun:
         """Send every idle cluster its next order; false if nothing is under way after that."""
         while idle := [cluster for cluster in self.clusters if self._may_go_on(cluster)]:
             for cluster in idle:
-                ids = self.loop.send(self.orders_for(cluster, self.train_config))
+                ids = self.loop.send(self.orders_for(cluster))
                 for node, message_id in zip(cluster.nodes, ids, strict=True):
                     if not message_id:
                         self._forget(node.node_id)
@@ -108,10 +108,10 @@ class EMSRun:
         waits_for_others = cluster.report is not None and not cluster.experts
         return not waits_for_others and len(cluster.uploads_s) < self.num_rounds
 
-    def orders_for(self, cluster: Cluster, config: ConfigRecord) -> list[Message]:
+    def orders_for(self, cluster: Cluster) -> list[Message]:
         """Write a cluster's next order: first the question about its data, then training."""
         asks, experts, state = cluster.report is None, cluster.experts, self.state
-        extra = dict(config)
+        extra = dict(self.train_config)
         if asks:
             # One expert, so that a deep model's later gates see something like their input.
             experts = {i: [0] for i in range(self.layout.num_layers)}
@@ -249,10 +249,11 @@ class EMSRun:
 
     def fit_gate(self) -> bool:
         """Fit the gate if it is time to; true if it was."""
-        replaced: Mapping[str, NDArray[Any]] | None
         replaced = self.gate.fit(self.clusters, self.state, self.loop.now)
-        self.state.update(replaced or {})
-        return replaced is not None
+        if replaced is None:
+            return False
+        self.state.update(replaced)
+        return True
 
     def _fail(self, cluster: Cluster) -> None:
         """Count a round that came to nothing."""
