@@ -160,7 +160,7 @@ class ExpertLayout:
         ValueError
             If `experts` are unknown, or a tensor of `state` is missing or has another shape.
         """
-        part = {}
+        part: dict[str, Any] = {}
         for i, (layer, ids) in enumerate(zip(self.moe_layers, self.select(experts), strict=True)):
             part |= _copies(state, i, layer, {e: e for e in ids}, layer.num_experts)
         return part
@@ -245,7 +245,7 @@ class ExpertLayout:
             If a tensor is missing or does not have the shape that `experts` imply.
         """
         chosen = self.select(experts, empty_ok=False)
-        part = {}
+        part: dict[str, Any] = {}
         for i, (layer, ids) in enumerate(zip(self.moe_layers, chosen, strict=True)):
             part |= _copies(sub_state, i, layer, {e: j for j, e in enumerate(ids)}, len(ids))
         return part
