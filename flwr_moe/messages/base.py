@@ -72,15 +72,15 @@ class Fields:
         ValueError
             If a value is missing, of another type or out of bounds: key, value, expectation.
         """
-        read, known = {}, set()
+        read: dict[str, Any] = {}
+        known: set[str] = set()
         for name, at, kind, optional, default, rules in _spec(cls):
             if get_origin(kind) is dict:
-                numbers = [k for k in record if k.startswith(f"{at}.")]
-                known.update(numbers)
-                pairs = ((k, k.removeprefix(f"{at}.")) for k in numbers)
+                numbered = [k for k in record if k.startswith(f"{at}.")]
+                known.update(numbered)
                 read[name] = {
-                    int(i): read_value(record, k, list[int], place=cls.place, **rules)
-                    for k, i in pairs
+                    int(k.removeprefix(f"{at}.")): read_value(record, k, list[int], place=cls.place)
+                    for k in numbered
                 }
                 continue
             known.add(at)
@@ -88,7 +88,7 @@ class Fields:
                 read[name] = read_value(record, at, kind, place=cls.place, **rules)
             elif not default:
                 read[name] = None
-        if EXTRA in _names(cls):
+        if any(field.name == EXTRA for field in dataclasses.fields(cls)):
             read[EXTRA] = {k: v for k, v in record.items() if k not in known}
         return cls(**read)
 
@@ -200,12 +200,7 @@ def _is_one(value: Any, kind: type) -> bool:
 
 
 @cache
-def _names(cls: type[Fields]) -> frozenset[str]:
-    return frozenset(field.name for field in dataclasses.fields(cls))
-
-
-@cache
-def _spec(cls: type[Fields]) -> tuple[tuple[str, str, Any, bool, bool, dict[str, Any]], ...]:
+def _spec(cls: Any) -> tuple[tuple[str, str, Any, bool, bool, dict[str, Any]], ...]:
     """Name, key, type, whether it may be None, whether it has a default, and rules of a field."""
     hints, spec = get_type_hints(cls), []
     for field in dataclasses.fields(cls):
