@@ -10,6 +10,7 @@ import pytest
 
 from flwr_moe.app.settings import Settings
 from flwr_moe.cli import main
+from flwr_moe.network import NothingTrained
 from flwr_moe.report import write_results
 from tests.report.fakes import fake_run
 
@@ -133,6 +134,24 @@ def test_error_of_several_lines_becomes_one(
     monkeypatch.setitem(sys.modules, "flwr_moe.app.compare", module)
     assert main(["demo"]) == 2
     assert error_line(capsys) == "first second"
+
+
+def test_a_run_that_trains_nothing_is_one_line_and_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    module = types.ModuleType("flwr_moe.app.compare")
+    module.run_compare = fail  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flwr_moe.app.compare", module)
+    error: RuntimeError = NothingTrained("all 4 replies of round 1 are errors")
+    assert main(["demo"]) == 1
+    assert error_line(capsys) == "all 4 replies of round 1 are errors"
+    # A mistake of the program keeps its traceback.
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["demo"])
 
 
 def test_interrupt_is_130(

@@ -41,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, OverflowError, MemoryError, OSError) as error:
         return _fail(error, 2)
+    except RuntimeError as error:
+        from flwr_moe.network import NothingTrained
+
+        if isinstance(error, NothingTrained):
+            return _fail(error, 1)
+        raise
 
 
 def _fail(error: Exception, code: int) -> int:
