@@ -47,10 +47,8 @@ class SplitRun:
         Averages so far.
     steps : int
         Batches of the open round.
-    sent : dict of int to RecordDict
-        Orders of the open round by node id.
     partitions : dict of int to int
-        Who they went to: a node may be gone when its reply is read.
+        Who takes part in the open round, by node id: a node may be gone when its reply is read.
     informed, met : set of int
         Nodes that have the average, and nodes that have answered.
     unfinished : dict of int to int
@@ -71,7 +69,6 @@ class SplitRun:
     address: tuple[str, str] = ("", "")
     version: int = 0
     steps: int = 0
-    sent: dict[int, RecordDict] = field(default_factory=dict)
     partitions: dict[int, int] = field(default_factory=dict)
     informed: set[int] = field(default_factory=set)
     met: set[int] = field(default_factory=set)
@@ -83,7 +80,7 @@ class SplitRun:
         self, server_round: int, steps: int, nodes: Sequence[NodeProfile], learning_rate: float
     ) -> None:
         """Open a round at the server half."""
-        self.steps, self.sent = steps, {}
+        self.steps = steps
         self.partitions = {node.node_id: node.partition_id for node in nodes}
         self.session.begin_round(server_round, steps, list(self.partitions.values()), learning_rate)
 
@@ -91,8 +88,7 @@ class SplitRun:
         """Close it, and note who has not done all of it."""
         done = self.session.end_round()
         self.batches += sum(done.values())
-        for node_id in self.sent:
-            partition = self.partitions[node_id]
+        for partition in self.partitions.values():
             if done.get(partition, 0) < self.steps:
                 self.unfinished[partition] = self.unfinished.get(partition, 0) + 1
 
@@ -117,7 +113,7 @@ class SplitRun:
                     self.network.reject(reply, str(error))
         self.met |= heard.keys()
         # Who failed may have lost what it had been sent: it is told everything again.
-        self.informed = (self.informed | heard.keys()) - (self.sent.keys() - heard.keys())
+        self.informed = (self.informed | heard.keys()) - (self.partitions.keys() - heard.keys())
         return list(heard.values())
 
     def average(self, replies: Iterable[SplitReply]) -> None:

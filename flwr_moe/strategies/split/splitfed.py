@@ -256,7 +256,6 @@ class SplitFed(FedAvg):
             content = RecordDict({self.configrecord_key: order})
             if node.node_id not in run.informed:
                 content[self.arrayrecord_key] = run.half
-            run.sent[node.node_id] = content
             messages.append(Message(content, node.node_id, SPLIT_TRAIN, ttl=MESSAGE_TTL_S))
         return messages
 
