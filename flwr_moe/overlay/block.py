@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flwr_moe.split.quantise import Quantised, dequantise, num_levels, quantise
+from flwr_moe.split.codecs import Quantised, dequantise, num_levels, quantise
 
 BITS = 8
 NAMES = ("values", "scale", "samples", "labels")

@@ -18,9 +18,9 @@ from flwr_moe.split.codecs import (
     Quantise,
     RandomDropout,
     cut_codecs,
+    draw,
     smallest,
 )
-from flwr_moe.split.quantise import draw
 from tests.split.halves import wire_bytes
 
 WORDS = [24271, 64080, 29299, 2874, 47803, 537]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flwr_moe.split.quantise import dequantise, num_levels, pack, packed_size, quantise, unpack
+from flwr_moe.split.codecs import dequantise, num_levels, pack, packed_size, quantise, unpack
 
 
 def generator(seed: int = 0) -> torch.Generator:

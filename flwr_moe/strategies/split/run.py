@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message
 
 from flwr_moe.arrays import arrays_of, record_of, unlike, weighted_mean
 from flwr_moe.exchange import ExchangeServer, TensorStore
