@@ -11,6 +11,7 @@ from typing import Any
 from sgp4.api import WGS72, Satrec
 from skyfield.api import EarthSatellite
 
+from flwr_moe.orbit.checks import check_range
 from flwr_moe.orbit.satellite import SGP4_EPOCH_JD, make_satellite
 from flwr_moe.orbit.times import require_aware, timescale
 
@@ -55,21 +56,15 @@ class Walker:
     def __post_init__(self) -> None:
         if self.pattern not in ("delta", "star"):
             raise ValueError(f"pattern = {self.pattern!r}, expected 'delta' or 'star'")
-        if not 1 <= self.num_satellites <= MAX_SATELLITES:
-            raise ValueError(
-                f"num_satellites = {self.num_satellites}, expected 1 to {MAX_SATELLITES}"
-            )
+        check_range("num_satellites", self.num_satellites, 1, MAX_SATELLITES)
         if self.num_planes < 1 or self.num_satellites % self.num_planes:
             raise ValueError(
                 f"num_planes = {self.num_planes}, expected a divisor of the "
                 f"{self.num_satellites} satellites"
             )
-        if not 0 <= self.phasing < self.num_planes:
-            raise ValueError(f"phasing = {self.phasing}, expected 0 to {self.num_planes - 1}")
-        if not 0.0 <= self.inclination_deg <= 180.0:
-            raise ValueError(f"inclination_deg = {self.inclination_deg:g}, expected 0 to 180")
-        if not 160.0 <= self.altitude_km <= 50_000.0:
-            raise ValueError(f"altitude_km = {self.altitude_km:g}, expected 160 to 50000")
+        check_range("phasing", self.phasing, 0, self.num_planes - 1)
+        check_range("inclination_deg", self.inclination_deg, 0.0, 180.0)
+        check_range("altitude_km", self.altitude_km, 160.0, 50_000.0)
 
     @classmethod
     def parse(cls, text: str) -> Walker:
@@ -177,9 +172,8 @@ def walker_delta(
     epoch: datetime,
 ) -> list[Any]:
     """Walker delta constellation (planes over 360°); see `Walker` for units and errors."""
-    return Walker(
-        "delta", inclination_deg, num_satellites, num_planes, phasing, altitude_km
-    ).satellites(epoch)
+    counts = num_satellites, num_planes, phasing
+    return Walker("delta", inclination_deg, *counts, altitude_km).satellites(epoch)
 
 
 def walker_star(
@@ -191,9 +185,8 @@ def walker_star(
     epoch: datetime,
 ) -> list[Any]:
     """Walker star constellation (planes over 180°); see `Walker` for units and errors."""
-    return Walker(
-        "star", inclination_deg, num_satellites, num_planes, phasing, altitude_km
-    ).satellites(epoch)
+    counts = num_satellites, num_planes, phasing
+    return Walker("star", inclination_deg, *counts, altitude_km).satellites(epoch)
 
 
 def constellation(name: str, epoch: datetime) -> list[Any]:

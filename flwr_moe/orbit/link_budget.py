@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flwr_moe.orbit.checks import check_range
+
 FloatArray = NDArray[np.float64]
 
 SPEED_OF_LIGHT_M_S = 299_792_458.0
@@ -64,9 +66,7 @@ def slant_range_km(elevation_deg: ArrayLike, altitude_km: float) -> FloatArray:
         When an elevation is outside 0 to 90 or the altitude is not positive.
     """
     elevation = np.asarray(elevation_deg, dtype=np.float64)
-    outside = ~((elevation >= 0.0) & (elevation <= 90.0))
-    if np.any(outside):
-        raise ValueError(f"elevation_deg = {elevation[outside].ravel()[0]:g}, expected 0 to 90")
+    check_range("elevation_deg", elevation, 0.0, 90.0)
     altitude = _positive("altitude_km", altitude_km)
     rise = EARTH_RADIUS_KM * np.sin(np.radians(elevation))
     return np.sqrt(rise**2 + altitude**2 + 2.0 * EARTH_RADIUS_KM * altitude) - rise

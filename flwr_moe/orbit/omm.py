@@ -36,8 +36,21 @@ _EPOCH = re.compile(
 )
 _SGP4_EPOCH = datetime(1949, 12, 31)
 _MAX_NUMBER = 999_999_999
-# SGP4 wants radians and minutes.
-_PER_MINUTE = math.tau / 1440.0
+# SGP4 wants radians and minutes. What it is given of a record, in its order, and its units of that.
+_DEGREE, _PER_DAY = math.pi / 180.0, math.tau / 1440.0
+_ELEMENTS = {
+    "BSTAR": ("bstar", 1.0),
+    "MEAN_MOTION_DOT": ("ndot", _PER_DAY / 1440.0),
+    "MEAN_MOTION_DDOT": ("nddot", _PER_DAY / 1440.0 / 1440.0),
+    "ECCENTRICITY": ("ecco", 1.0),
+    "ARG_OF_PERICENTER": ("argpo", _DEGREE),
+    "INCLINATION": ("inclo", _DEGREE),
+    "MEAN_ANOMALY": ("mo", _DEGREE),
+    "MEAN_MOTION": ("no_kozai", _PER_DAY),
+    "RA_OF_ASC_NODE": ("nodeo", _DEGREE),
+}
+_ANGLES = ("ARG_OF_PERICENTER", "MEAN_ANOMALY", "RA_OF_ASC_NODE")
+_NOT_NEEDED = {"MEAN_MOTION_DOT": 0.0, "MEAN_MOTION_DDOT": 0.0}
 _TWO_DIGIT_YEARS_FROM = 57
 WGS72_RADIUS_KM = 6378.135
 
@@ -78,29 +91,17 @@ def to_record(satellite: Any) -> dict[str, str | int | float]:
     days = model.jdsatepoch - SGP4_EPOCH_JD
     seconds = (days % 1.0 + model.jdsatepochF) * DAY_S
     epoch = _SGP4_EPOCH + timedelta(days=days // 1.0, seconds=seconds)
-    per_day = _PER_MINUTE / 1440.0
     return {
         "OBJECT_NAME": name,
         "OBJECT_ID": _object_id(model.intldesg),
-        "CENTER_NAME": "EARTH",
-        "REF_FRAME": "TEME",
-        "TIME_SYSTEM": "UTC",
-        "MEAN_ELEMENT_THEORY": "SGP4",
+        **{key: allowed[0] for key, allowed in _CONSTANTS.items()},
         "EPOCH": epoch.isoformat(timespec="microseconds"),
-        "MEAN_MOTION": model.no_kozai / _PER_MINUTE,
-        "ECCENTRICITY": model.ecco,
-        "INCLINATION": math.degrees(model.inclo),
-        "RA_OF_ASC_NODE": math.degrees(model.nodeo),
-        "ARG_OF_PERICENTER": math.degrees(model.argpo),
-        "MEAN_ANOMALY": math.degrees(model.mo),
+        **{key: getattr(model, field) / unit for key, (field, unit) in _ELEMENTS.items()},
         "EPHEMERIS_TYPE": 0,
         "CLASSIFICATION_TYPE": (model.classification or "U").strip() or "U",
         "NORAD_CAT_ID": catalogue_number(satellite),
         "ELEMENT_SET_NO": model.elnum,
         "REV_AT_EPOCH": model.revnum,
-        "BSTAR": model.bstar,
-        "MEAN_MOTION_DOT": model.ndot / per_day,
-        "MEAN_MOTION_DDOT": model.nddot / (per_day / 1440.0),
     }
 
 
@@ -113,29 +114,16 @@ def _satellite(record: Record) -> Any:
         raise ValueError("EPHEMERIS_TYPE = 4 (SGP4-XP), expected SGP4's 0")
     number = _integer(record, "NORAD_CAT_ID", 0, _MAX_NUMBER)
     epoch_days = _epoch_days(record)
-    mean_motion = _number(record, "MEAN_MOTION")
-    eccentricity = _number(record, "ECCENTRICITY")
-    inclination = _number(record, "INCLINATION")
-    check_elements(
-        mean_motion, eccentricity, inclination, ("MEAN_MOTION", "ECCENTRICITY", "INCLINATION")
-    )
-    per_day = _PER_MINUTE / 1440.0
+    values = {key: _number(record, key, _NOT_NEEDED.get(key)) for key in _ELEMENTS}
+    keys = motion, eccentricity, inclination = "MEAN_MOTION", "ECCENTRICITY", "INCLINATION"
+    check_elements(values[motion], values[eccentricity], values[inclination], keys)
+    for key in _ANGLES:
+        if not -360.0 <= values[key] <= 360.0:
+            raise ValueError(f"{key} = {values[key]:g}, expected 0 to 360 degrees")
+        values[key] %= 360.0
+    in_units = (values[key] * unit for key, (_, unit) in _ELEMENTS.items())
     model = Satrec()
-    model.sgp4init(
-        WGS72,
-        "i",
-        number if number <= MAX_SGP4_NUMBER else 0,
-        epoch_days,
-        _number(record, "BSTAR"),
-        _number(record, "MEAN_MOTION_DOT", 0.0) * per_day,
-        _number(record, "MEAN_MOTION_DDOT", 0.0) * (per_day / 1440.0),
-        eccentricity,
-        math.radians(_angle(record, "ARG_OF_PERICENTER")),
-        math.radians(inclination),
-        math.radians(_angle(record, "MEAN_ANOMALY")),
-        mean_motion * _PER_MINUTE,
-        math.radians(_angle(record, "RA_OF_ASC_NODE")),
-    )
+    model.sgp4init(WGS72, "i", number if number <= MAX_SGP4_NUMBER else 0, epoch_days, *in_units)
     object_id = str(record.get("OBJECT_ID") or "").strip()
     launch = re.fullmatch(r"\d\d(\d\d)-(\w+)", object_id)
     model.intldesg = "".join(launch.groups()) if launch else object_id
@@ -194,17 +182,8 @@ def _number(record: Record, key: str, default: float | None = None) -> float:
     return number
 
 
-def _angle(record: Record, key: str) -> float:
-    angle = _number(record, key)
-    if not -360.0 <= angle <= 360.0:
-        raise ValueError(f"{key} = {angle:g}, expected 0 to 360 degrees")
-    return angle % 360.0
-
-
 def _integer(record: Record, key: str, low: int, high: int, default: int | None = None) -> int:
-    if default is not None and record.get(key) in (None, ""):
-        return default
-    number = _number(record, key)
+    number = _number(record, key, default)
     if number != int(number) or not low <= number <= high:
         raise ValueError(
             f"{key} = {shortened(record[key])}, expected a whole number {low} to {high}"

@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flwr_moe.orbit.checks import check_range
 from flwr_moe.orbit.table import Site
 
 FloatArray = NDArray[np.float64]
@@ -53,11 +54,9 @@ def rain_loss_db(
     clouds and the sky noise that rain adds are not in it.
     """
     elevation = np.asarray(elevation_deg, dtype=np.float64)
-    outside = ~((elevation >= 0.0) & (elevation <= 90.0))
-    if np.any(outside):
-        raise ValueError(f"elevation_deg = {elevation[outside].ravel()[0]:g}, expected 0 to 90")
-    _check("percent", percent, PERCENT_RANGE)
-    _check("frequency_hz", frequency_hz, FREQUENCY_RANGE_HZ)
+    check_range("elevation_deg", elevation, 0.0, 90.0)
+    check_range("percent", percent, *PERCENT_RANGE)
+    check_range("frequency_hz", frequency_hz, *FREQUENCY_RANGE_HZ)
     grid_db = _loss_on_grid(site, frequency_hz, percent)
     return np.asarray(np.interp(elevation, GRID_DEG, grid_db))
 
@@ -79,7 +78,7 @@ class RainLoss:
     """
 
     def __init__(self, sites: Sequence[Site], percent: float) -> None:
-        _check("percent", percent, PERCENT_RANGE)
+        check_range("percent", percent, *PERCENT_RANGE)
         _itur()
         self._sites = tuple(sites)
         self._percent = percent
@@ -113,9 +112,3 @@ def _itur() -> ModuleType:
         raise ValueError(
             "rain needs the itur package, expected it installed: pip install flwr-moe[rain]"
         ) from None
-
-
-def _check(name: str, value: float, bounds: tuple[float, float]) -> None:
-    low, high = bounds
-    if not low <= value <= high:
-        raise ValueError(f"{name} = {value:g}, expected {low:g} to {high:g}")

@@ -8,6 +8,7 @@ from datetime import datetime
 import numpy as np
 from numpy.typing import NDArray
 
+from flwr_moe.orbit.checks import check_range
 from flwr_moe.orbit.times import utc_texts
 
 FloatArray = NDArray[np.float64]
@@ -40,15 +41,10 @@ class Site:
     altitude_m: float = 0.0
 
     def __post_init__(self) -> None:
-        self._check("latitude", self.latitude_deg, -90.0, 90.0, "degrees")
-        self._check("longitude", self.longitude_deg, -180.0, 180.0, "degrees")
-        self._check("altitude", self.altitude_m, -1_000.0, 20_000.0, "metres")
-
-    def _check(self, key: str, value: float, low: float, high: float, unit: str) -> None:
-        if not low <= value <= high:
-            raise ValueError(
-                f"site {self.name!r}: {key} = {value:g}, expected {low:g} to {high:g} {unit}"
-            )
+        name = f"site {self.name!r}:"
+        check_range(f"{name} latitude", self.latitude_deg, -90.0, 90.0, "degrees")
+        check_range(f"{name} longitude", self.longitude_deg, -180.0, 180.0, "degrees")
+        check_range(f"{name} altitude", self.altitude_m, -1_000.0, 20_000.0, "metres")
 
     @classmethod
     def parse(cls, text: str) -> Site:
@@ -118,11 +114,7 @@ class PassTable:
         ValueError
             When there is no such site.
         """
-        if not 0 <= site_index < len(self.sites):
-            raise ValueError(
-                f"site_index = {site_index}, expected 0 to {len(self.sites) - 1}, "
-                f"the table has {len(self.sites)} sites"
-            )
+        check_range("site_index", site_index, 0, len(self.sites) - 1)
         keep = self.site == site_index
         columns = {
             field.name: getattr(self, field.name)[keep]
