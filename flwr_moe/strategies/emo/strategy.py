@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from logging import INFO
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.checks import check_numbers
 from flwr_moe.messages.emo import ActivationOrder, TailOrder, recipe_fields
-from flwr_moe.network import with_clock
+from flwr_moe.network import HorizonReached, with_clock
 from flwr_moe.network.filters import DevicesOnly
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.overlay.block import fingerprint, tap_output
@@ -26,11 +26,9 @@ from flwr_moe.overlay.ensemble import Ensemble
 from flwr_moe.overlay.tails import check_tail
 from flwr_moe.overlay.training import Recipe
 from flwr_moe.split.cut import split_model
-from flwr_moe.strategies.base import EventLoop
+from flwr_moe.strategies.base import EvaluateFn, EventLoop
 from flwr_moe.strategies.emo.run import EMORun
 from flwr_moe.training import Samples, accuracy_and_loss, predict
-
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class EMO(Strategy):
@@ -199,24 +197,31 @@ class EMO(Strategy):
         run.arrays = initial_arrays
         devices = DevicesOnly(grid, run)
         self.summary()
+        seen = Result(arrays=initial_arrays)
         last_round = 0
 
         def watch(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             nonlocal last_round
-            last_round = server_round
+            last_round, seen.arrays = server_round, arrays
             run.saw(arrays, self._score(arrays))
-            return evaluate_fn(server_round, arrays) if evaluate_fn is not None else None
+            metrics = evaluate_fn(server_round, arrays) if evaluate_fn is not None else None
+            if metrics is not None:
+                seen.evaluate_metrics_serverapp[server_round] = metrics
+            return metrics
 
         def look() -> None:
             if self.evaluate_overlays and evaluate_fn is not None:
                 evaluate_fn(last_round, run.arrays)
 
         run.on_tail = look
-        result = self.base.start(
-            devices, initial_arrays, num_rounds, timeout, train_config, evaluate_config, watch
-        )
-        run.finish()
-        return result
+        try:
+            seen = self.base.start(
+                devices, initial_arrays, num_rounds, timeout, train_config, evaluate_config, watch
+            )
+            run.finish()
+        except HorizonReached:
+            log(INFO, "EMO: the time is over, the result is what was seen of the base strategy")
+        return seen
 
     def ensemble(self, arrays: ArrayRecord | None = None) -> Ensemble:
         """Return the small model and the overlays' tail as one, fitted on the held-out samples.
