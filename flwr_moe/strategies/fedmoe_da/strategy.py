@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import INFO
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
 
 from flwr_moe.arrays import Arrays, arrays_of, record_of, unlike, weighted_mean
@@ -28,17 +28,15 @@ from flwr_moe.messages.fedmoe_da import (
     PeerOrder,
     PersonalOrder,
 )
-from flwr_moe.network import MESSAGE_TTL_S, ClockGrid, with_clock
+from flwr_moe.network import MESSAGE_TTL_S, ClockGrid
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import NodeProfile
 from flwr_moe.network.wire_dtype import check_wire_dtype
-from flwr_moe.strategies.base import sample
+from flwr_moe.strategies.base import RoundStrategy, sample
 from flwr_moe.strategies.fedmoe_da.relay import relay_experts
 
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
-
-class FedMoEDA(FedAvg):
+class FedMoEDA(RoundStrategy):
     """Personalised experts that travel from peer to peer (FedMoE-DA).
 
     Every client trains a model of its own. The server averages what all share, sees the gates'
@@ -136,27 +134,18 @@ class FedMoEDA(FedAvg):
         )
         super().summary()
 
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: EvaluateFn | None = None,
-    ) -> Result:
-        """Run ``num_rounds`` rounds; parameters and result are those of Flower's ``start``.
+    @contextmanager
+    def running(
+        self, grid: ClockGrid, arrays: ArrayRecord, num_rounds: int, train_config: ConfigRecord
+    ) -> Iterator[ClockGrid]:
+        """Begin a run.
 
-        The arrays of the result hold the shared tensors as averaged last; experts, and what else
+        The arrays of its result hold the shared tensors as averaged last; experts, and what else
         is personal, are as they started: the trained ones are with the clients.
         """
-        network = with_clock(grid, timeout)
-        self._run = _Run(network, arrays_of(initial_arrays), random.Random(self.seed))
+        self._run = _Run(grid, arrays_of(arrays), random.Random(self.seed))
         self.client_metrics = {}
-        return super().start(
-            network, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
-        )
+        yield grid
 
     # --- the hooks of a round ----------------------------------------------------
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from logging import INFO
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,7 +19,7 @@ from flwr_moe.exchange.app import Handler
 from flwr_moe.exchange.request import Refused
 from flwr_moe.messages.base import read_value
 from flwr_moe.messages.split import SPLIT_TRAIN, SplitOrder
-from flwr_moe.network import MESSAGE_TTL_S, with_clock
+from flwr_moe.network import MESSAGE_TTL_S, ClockGrid
 from flwr_moe.network.filters import OneAtATime
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.network.nodes import NodeProfile
@@ -31,17 +30,16 @@ from flwr_moe.split.protocol import HANDLER, Answer, agreement
 from flwr_moe.split.prune_groups import find_groups
 from flwr_moe.split.session import SERVERS, SplitSession
 from flwr_moe.split.step import LossFn
-from flwr_moe.strategies.base import sample
+from flwr_moe.strategies.base import RoundStrategy, sample
 from flwr_moe.strategies.split.run import SplitRun, local_exchange
 
 LABELS = ("server", "client")
 """Where labels may be."""
 CONFIG = "in the train_config"
 Calibrate = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
-class SplitFed(FedAvg):
+class SplitFed(RoundStrategy):
     """Federated split learning: devices train the first half of a model, the server the rest.
 
     Flower carries orders, client halves and figures. Activations and gradients go over the tensor
@@ -189,32 +187,24 @@ class SplitFed(FedAvg):
         )
         super().summary()
 
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: EvaluateFn | None = None,
-    ) -> Result:
-        """Run ``num_rounds`` rounds; parameters and result are those of Flower's ``start``.
+    @contextmanager
+    def running(
+        self, grid: ClockGrid, arrays: ArrayRecord, num_rounds: int, train_config: ConfigRecord
+    ) -> Iterator[ClockGrid]:
+        """Begin a run: the server half, and the exchange where nobody else serves one.
 
         Raises
         ------
         ValueError
             If the arrays are not the model's.
         """
-        grid = with_clock(grid, timeout)
-        config = train_config or ConfigRecord()
-        steps_of(config)
-        session = self._open_session(tensors_of(initial_arrays), config)
+        steps_of(train_config)
+        session = self._open_session(tensors_of(arrays), train_config)
         self._run = run = SplitRun(
             grid,
             session,
-            ArrayRecord({key: initial_arrays[key] for key in self.split.client_state_dict()}),
-            initial_arrays,
+            ArrayRecord({key: arrays[key] for key in self.split.client_state_dict()}),
+            arrays,
             self.weighted_by_key,
             num_rounds,
             random.Random(self.seed),
@@ -226,15 +216,7 @@ class SplitFed(FedAvg):
                 # is forked while a server's threads run may hang.
                 grid.wait_for_nodes(self.min_available_nodes)
                 run.address = stack.enter_context(local_exchange(self.handlers))
-            return super().start(
-                grid if self.server == "copies" else OneAtATime(grid),
-                initial_arrays,
-                num_rounds,
-                timeout,
-                train_config,
-                evaluate_config,
-                evaluate_fn,
-            )
+            yield grid if self.server == "copies" else OneAtATime(grid)
 
     # --- the hooks of a round ----------------------------------------------------
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from flwr_moe.network import FixedLinks, RealGrid
+from flwr_moe.network import FixedLinks, NothingTrained, RealGrid
 from flwr_moe.strategies.ems_fl.cluster import MOST_FAILURES
 from tests.network.apps import LossyLinks
 from tests.strategies.devices import (
@@ -323,12 +323,9 @@ def test_messages_that_the_grid_refuses_are_failures():
     assert strategy.events == {"lost": MOST_FAILURES + 3}
 
 
-def test_no_training_orders_at_all_ends_without_learning(caplog):
+def test_no_answers_at_all_stop_the_run():
     devices = Devices([0, 1], 4)
     for p in (0, 1):
         devices.trouble[p] = broken
-    result, grid, models = run(plain(devices), devices, FixedLinks(), config=FIVE_STEPS)
-    assert list(models) == [0] and grid.ledger.events == {"rejected": 2 * MOST_FAILURES}
-    assert "cluster 0 failed too often" in caplog.text
-    assert numpy_state(result.arrays).keys() == devices.initial.keys()
-    assert not result.train_metrics_clientapp
+    with pytest.raises(NothingTrained, match=r"all 2 replies of the first round.*battery empty"):
+        run(plain(devices), devices, FixedLinks(), config=FIVE_STEPS)
