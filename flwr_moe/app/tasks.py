@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from flwr_moe.app.registry import SYSTEMS, TASKS, Start, TaskKind, register_task
 from flwr_moe.app.section import ConfigError, Section, Whole, setting
@@ -102,7 +102,7 @@ def _text(settings: Settings, num_clients: int, seed: int) -> Task:
     from flwr_moe.tasks.lm import TextFile
     from flwr_moe.tasks.lm_tokens import TokenFile
 
-    shared = {
+    shared: dict[str, Any] = {
         "partition": settings.partition,
         "length": settings.of(TextSettings).max_length,
         "num_train": settings.num_train,

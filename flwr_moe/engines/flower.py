@@ -55,7 +55,7 @@ def simulate(client_app: ClientApp, num_nodes: int, main: Callable[[Grid], Any])
             # Flower would log a traceback and raise an error of its own instead.
             outcome["error"] = error
 
-    backend = {
+    backend: dict[str, Any] = {
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
         "init_args": {
             "num_cpus": os.cpu_count() or 1,

@@ -129,10 +129,10 @@ def test_overlays_train_tails_on_an_encoder(folder: Path, tmp_path: Path) -> Non
 
 def test_what_is_compared_trains_the_same_model(folder: Path) -> None:
     settings = news(folder)
-    assert settle_experts(settings, ["fedavg"]).text_experts == "routed"
-    assert settle_experts(settings, ["ems-fl", "fedavg"]).text_experts == "routed"
+    assert settle_experts(settings, ["fedavg"])["text.experts"] == "routed"
+    assert settle_experts(settings, ["ems-fl", "fedavg"])["text.experts"] == "routed"
     decided = settle_experts(settings, ["fedsl", "emo", "fedavg"])
-    assert decided.text_experts == "none"
+    assert decided["text.experts"] == "none"
     assert Settings().replace(system="fedsl") == settle_experts(Settings(system="fedsl"), ["fedsl"])
     plain = [build_task(decided.replace(system=s), 2, 0) for s in ("fedavg", "fedsl")]
     states = [task.warm_model().state_dict() for task in plain]
