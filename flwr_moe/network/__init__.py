@@ -24,31 +24,4 @@ if TYPE_CHECKING:
     from flwr_moe.network.simulated import SimulatedGrid
     from flwr_moe.network.wire_dtype import WIRE_DTYPES
 
-__all__ = [
-    "MESSAGE_TTL_S",
-    "ROLL_CALL_TYPE",
-    "WIRE_DTYPES",
-    "ClockGrid",
-    "FixedLinks",
-    "HorizonReached",
-    "Ledger",
-    "Links",
-    "NodeProfile",
-    "NothingTrained",
-    "RateTrace",
-    "RealGrid",
-    "SatelliteLinks",
-    "SimulatedGrid",
-    "TraceLinks",
-    "WirelessLinks",
-    "answer_roll_call",
-    "call_roll",
-    "check_reply",
-    "count_bytes",
-    "default_kind",
-    "profile_from_reply",
-    "with_clock",
-    "with_wire_dtype",
-]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -12,13 +12,4 @@ if TYPE_CHECKING:
     from flwr_moe.tasks.lm import TextFile
     from flwr_moe.tasks.vgg import VGG
 
-__all__ = [
-    "VGG",
-    "AgNews",
-    "Cifar10",
-    "Digits",
-    "Task",
-    "TextFile",
-]
-
 __getattr__, __dir__ = lazy_exports(__name__, __file__)
