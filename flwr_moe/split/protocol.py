@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flwr_moe.exchange.request import Refused
+from flwr_moe.exchange.body import Refused
 from flwr_moe.split.codecs import Chain, Role, shape_text
 
 HANDLER = "split"

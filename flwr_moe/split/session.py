@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from flwr_moe.arrays import numpy_of, weighted_mean
-from flwr_moe.exchange.request import Refused
+from flwr_moe.exchange.body import Refused
 from flwr_moe.split.codecs import Chain, CodecKey, Encoded, Place, Role
 from flwr_moe.split.protocol import (
     ACTIVATION,

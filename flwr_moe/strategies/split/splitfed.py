@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from flwr_moe.arrays import record_of, tensors_of
 from flwr_moe.exchange.app import Handler
-from flwr_moe.exchange.request import Refused
+from flwr_moe.exchange.body import Refused
 from flwr_moe.messages.base import read_value
 from flwr_moe.messages.split import SPLIT_TRAIN, SplitOrder
 from flwr_moe.network import MESSAGE_TTL_S, ClockGrid
