@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord
 from safetensors.torch import load_file
 from torch import nn
 
+from flwr_moe.app.judge import together
 from flwr_moe.app.settings import ConfigError, Settings
 from flwr_moe.app.systems.emo import EMOSettings
 from flwr_moe.app.tasks import build_task, task_kind
@@ -113,9 +114,8 @@ class EMOJudge:
     """
 
     def __init__(self, task: Task, strategy: EMO) -> None:
-        parts = task.test_data()
-        self.x = torch.cat([part.x for part in parts])
-        self.y = torch.cat([part.y for part in parts])
+        tests = together(task.test_data())
+        self.x, self.y = tests.x, tests.y
         self.strategy = strategy
         self.model = task.build_model()
         self.small: list[float] = []

@@ -42,7 +42,7 @@ def judge_global(settings: Settings, task: Task) -> Judge:
 
 def judge_model(task: Task) -> Judge:
     """Judge the full model with its own gate, over the samples of all clusters together."""
-    tests, model = _together(task.test_data()), task.build_model()
+    tests, model = together(task.test_data()), task.build_model()
 
     def judge(arrays: ArrayRecord) -> Verdict:
         def verdict() -> tuple[float, float]:
@@ -54,7 +54,8 @@ def judge_model(task: Task) -> Judge:
     return judge
 
 
-def _together(tests: list[Samples]) -> Samples:
+def together(tests: list[Samples]) -> Samples:
+    """Return the samples of all clusters as one."""
     return Samples(torch.cat([test.x for test in tests]), torch.cat([test.y for test in tests]))
 
 
@@ -84,7 +85,7 @@ class EMSJudge:
         self.strategy = strategy
         self.inference = inference
         parts = task.test_data()
-        self.tests = _together(parts)
+        self.tests = together(parts)
         self.site_of_sample = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         self.model = task.build_model()
         self.layout = ExpertLayout.of(self.model)

@@ -24,6 +24,7 @@ from flwr_moe.network import (
     RealGrid,
     SimulatedGrid,
     call_roll,
+    with_clock,
     with_wire_dtype,
 )
 from flwr_moe.report import HistoryRow, RunRecord, VirtualTimeProgress
@@ -82,7 +83,8 @@ def run_system(
             on_progress(now_s, last[-1] if last else None)
 
     horizon_s = settings.horizon_hours * 3600
-    network = with_wire_dtype(build_network(grid, links, settings, advance), settings.wire_dtype)
+    inner = build_network(grid, links, settings, advance)
+    network = with_clock(with_wire_dtype(inner, settings.wire_dtype))
     tracker = Tracker(
         settings.system, seed, network, system.judge, settings.eval_every_minutes * 60, last.append
     )
