@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from logging import INFO
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -15,13 +15,11 @@ from flwr_moe.experts import ExpertLayout, RandomFeatures, Router
 from flwr_moe.messages.ems_fl import GATES
 from flwr_moe.network import HorizonReached
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.strategies.base import EventLoop
+from flwr_moe.strategies.base import EvaluateFn, EventLoop
 from flwr_moe.strategies.ems_fl.cluster import Cluster, gather_clusters
 from flwr_moe.strategies.ems_fl.gate import GateFitter
 from flwr_moe.strategies.ems_fl.plan import Assignment, check_bounds
 from flwr_moe.strategies.ems_fl.run import EMSRun
-
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class EMSFL(Strategy):

@@ -42,7 +42,8 @@ class FedMoEDA(RoundStrategy):
     Every client trains a model of its own. The server averages what all share, sees the gates'
     vectors, works out which experts are alike, and tells every client which experts of whom to mix
     into its own. Clients need :func:`~flwr_moe.client_apps.personal_mod` and, unless ``relay`` is
-    set, a tensor exchange each.
+    set, a tensor exchange each. The arrays of the result hold the shared tensors as averaged last;
+    experts, and what else is personal, are as they started: the trained ones are with the clients.
 
     Takes the arguments of Flower's FedAvg, and:
 
@@ -138,11 +139,7 @@ class FedMoEDA(RoundStrategy):
     def running(
         self, grid: ClockGrid, arrays: ArrayRecord, num_rounds: int, train_config: ConfigRecord
     ) -> Iterator[ClockGrid]:
-        """Begin a run.
-
-        The arrays of its result hold the shared tensors as averaged last; experts, and what else
-        is personal, are as they started: the trained ones are with the clients.
-        """
+        """Begin a run: a second one of the same strategy gives what the first one gave."""
         self._run = _Run(grid, arrays_of(arrays), random.Random(self.seed))
         self.client_metrics = {}
         yield grid

@@ -323,9 +323,11 @@ def test_messages_that_the_grid_refuses_are_failures():
     assert strategy.events == {"lost": MOST_FAILURES + 3}
 
 
-def test_no_answers_at_all_stop_the_run():
+def test_where_no_device_trains_the_run_stops_and_says_why():
     devices = Devices([0, 1], 4)
     for p in (0, 1):
         devices.trouble[p] = broken
-    with pytest.raises(NothingTrained, match=r"all 2 replies of the first round.*battery empty"):
+    text = "all 2 replies of the first round are errors, 2 of them: .*battery empty"
+    with pytest.raises(NothingTrained, match=text):
         run(plain(devices), devices, FixedLinks(), config=FIVE_STEPS)
+    assert devices.asked == {(0, "query"): 1, (1, "query"): 1}
