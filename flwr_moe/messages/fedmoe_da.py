@@ -13,7 +13,7 @@ from typing import Any
 from flwr_moe.experts.mixing import Ingredient
 from flwr_moe.messages.base import Fields, Figures, key
 from flwr_moe.messages.exchange import ExchangeAccess
-from flwr_moe.network.traffic import PEER_BYTES
+from flwr_moe.network.ledger import PEER_BYTES
 from flwr_moe.network.wire_dtype import WIRE_DTYPES
 
 GATES = ("mixed", "local", "average")

@@ -122,10 +122,6 @@ class ClockGrid(WrappedGrid):
         """Ids of the nodes that are connected; none of them is asked anything."""
 
     @abstractmethod
-    def roll_call(self) -> dict[int, NodeProfile]:
-        """Ask every connected node who it is; takes no time on the clock and is not booked."""
-
-    @abstractmethod
     def profiles(self) -> dict[int, NodeProfile]:
         """Profiles by node id, in order of partition id; whoever is new is asked."""
 

@@ -43,10 +43,6 @@ class Filter(ClockGrid):
         """Ids of connected nodes as the inner Grid has them."""
         return self.inner.connected()
 
-    def roll_call(self) -> dict[int, NodeProfile]:
-        """Ask every node who it is."""
-        return self.inner.roll_call()
-
     def profiles(self) -> dict[int, NodeProfile]:
         """Profiles as the inner Grid has them."""
         return self.inner.profiles()
@@ -204,10 +200,6 @@ class DevicesOnly(Filter):
     def profiles(self) -> dict[int, NodeProfile]:
         """Profiles of the devices."""
         return devices_of(self.inner.profiles())
-
-    def roll_call(self) -> dict[int, NodeProfile]:
-        """Ask every node who it is."""
-        return devices_of(self.inner.roll_call())
 
     def open_ids(self) -> list[str]:
         """Open messages of the strategy."""

@@ -19,13 +19,11 @@ from flwr_moe.network.clock import (
     Network,
     is_training,
 )
-from flwr_moe.network.flight import with_budget
 from flwr_moe.network.flower_adapter import address_reply, log
 from flwr_moe.network.guard import outline_of
-from flwr_moe.network.ledger import KindFn, Ledger, count_bytes, default_kind
-from flwr_moe.network.links.base import Links
+from flwr_moe.network.ledger import KindFn, Ledger, Traffic, count_bytes, default_kind
+from flwr_moe.network.links.base import Links, with_budget
 from flwr_moe.network.nodes import NodeProfile
-from flwr_moe.network.traffic import Traffic
 
 LONGEST_ROLL_CALL_S = 300.0
 

@@ -5,16 +5,45 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from flwr_moe.network.clock import HorizonReached, Network, is_training
-from flwr_moe.network.flight import Flight, with_budget
-from flwr_moe.network.ledger import KindFn, Ledger, count_bytes, default_kind
-from flwr_moe.network.links.base import Links
+from flwr_moe.network.ledger import KindFn, Ledger, Traffic, count_bytes, default_kind
+from flwr_moe.network.links.base import Links, with_budget
 from flwr_moe.network.nodes import NodeProfile
-from flwr_moe.network.traffic import Traffic
+
+
+@dataclass
+class Flight:
+    """One message on its way: sent, computed on, and answered."""
+
+    message_id: str
+    node: NodeProfile
+    message: Message
+    train: bool
+    delivered_s: float
+    least_compute_s: float
+    earliest_s: float
+    reply: Message | None = None
+    arrival_s: float = math.nan
+    up_sizes: dict[str, int] = field(default_factory=dict)
+    up_wait_s: float = 0.0
+    traffic: Traffic = field(default_factory=Traffic)
+    steps: int = 0
+    compute_s: float = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether its arrival is known, be it never."""
+        return not math.isnan(self.arrival_s)
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Arrival, or the earliest it can be, and then the partition id."""
+        return (self.arrival_s if self.known else self.earliest_s, self.node.partition_id)
 
 
 class SimulatedGrid(Network):

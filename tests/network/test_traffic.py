@@ -6,7 +6,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 
 from flwr_moe.network import FixedLinks, SimulatedGrid, answer_roll_call
-from flwr_moe.network.traffic import Traffic
+from flwr_moe.network.ledger import Traffic
 from tests.local_grid import LocalGrid
 
 
