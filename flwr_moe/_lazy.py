@@ -44,6 +44,10 @@ def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callabl
     return load, lambda: sorted(set(vars(sys.modules[package])) | set(homes))
 
 
+class MissingExtraError(ImportError, ValueError):
+    """An optional dependency is not installed, which whoever asked for it can change."""
+
+
 def require(module: str, extra: str) -> Any:
     """Import a module of an optional dependency.
 
@@ -56,12 +60,12 @@ def require(module: str, extra: str) -> Any:
 
     Raises
     ------
-    ImportError
+    MissingExtraError
         One line that names the extra, if it is not installed.
     """
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             f"{module.partition('.')[0]} is missing, expected `pip install 'flwr-moe[{extra}]'`"
         ) from error

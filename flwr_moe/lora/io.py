@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flwr_moe._lazy import require
 from flwr_moe.lora.build import add_lora_experts, lora_mixture
 from flwr_moe.lora.layer import GateKind
-from flwr_moe.lora.sites import LoRASite, find_sites, require_peft
+from flwr_moe.lora.sites import LoRASite, find_sites
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """File names of an adapter, as PEFT has them."""
@@ -208,7 +209,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _read_config(home: Path) -> Any:
     if not (home / CONFIG).is_file():
         raise ValueError(f"{home / CONFIG} is missing, expected a PEFT adapter folder")
-    config = require_peft().LoraConfig.from_pretrained(str(home))
+    config = require("peft", "peft").LoraConfig.from_pretrained(str(home))
     config.inference_mode = False
     return config
 

@@ -6,9 +6,11 @@ import copy
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
+
+from flwr_moe._lazy import require
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -97,7 +99,7 @@ def find_sites(model: nn.Module, config: LoraConfig) -> LoRASites:
         If PEFT is not installed, the config asks for something mixtures do not do, nothing
         matches, or what matches is no linear layer that is called as a module.
     """
-    lora = require_peft()
+    lora = require("peft", "peft")
     _check_config(config)
     names = _linear_names(model)
     kind = type(model).__name__
@@ -147,25 +149,8 @@ def find_sites(model: nn.Module, config: LoraConfig) -> LoRASites:
     return LoRASites(tuple(adapted), tuple(saved), config)
 
 
-def require_peft() -> Any:
-    """Import PEFT.
-
-    Raises
-    ------
-    ValueError
-        If it is not installed.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError(
-            "LoRA experts need PEFT, which is not installed: pip install 'flwr-moe[peft]'"
-        ) from error
-    return peft
-
-
 def _check_config(config: LoraConfig) -> None:
-    lora = require_peft()
+    lora = require("peft", "peft")
     if not isinstance(config, lora.LoraConfig):
         raise ValueError(f"config is a {type(config).__name__}, expected a peft.LoraConfig")
     if config.init_lora_weights is not True:

@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flwr_moe._lazy import require
 from flwr_moe.arrays import tensors_of
 from flwr_moe.report.shards import MAX_SHARD_BYTES, write_shards
 
@@ -114,15 +115,10 @@ def _save_mixture(
 
 def _pretrained(model: nn.Module) -> tuple[PreTrainedModel, str]:
     """Find the model of transformers, and what stands before its tensors' names."""
-    try:
-        from transformers import PreTrainedModel
-    except ImportError as error:
-        raise ValueError(
-            "saving needs transformers: expected `pip install 'flwr-moe[transformers]'`"
-        ) from error
+    pretrained_model = require("transformers", "transformers").PreTrainedModel
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        if isinstance(module, PreTrainedModel):
+        if isinstance(module, pretrained_model):
             others = [key for key in model.state_dict() if not key.startswith(prefix)]
             if others:
                 raise ValueError(

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from flwr_moe._lazy import require
+
 
 def from_hub(where: str, what: str, kind: str, **options: Any) -> Any:
     """Let a class of transformers load what a name or folder holds.
@@ -29,13 +31,8 @@ def from_hub(where: str, what: str, kind: str, **options: Any) -> Any:
     ValueError
         If transformers is not installed, or cannot load it.
     """
-    try:
-        # Imported late: it takes seconds, and only tasks of texts need it.
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"model is {where!r}: loading it needs `pip install 'flwr-moe[transformers]'`"
-        ) from error
+    # Imported late: it takes seconds, and only tasks of texts need it.
+    transformers = require("transformers", "transformers")
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

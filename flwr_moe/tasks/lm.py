@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flwr_moe._lazy import require
 from flwr_moe.tasks.windows import Windows
 
 NUM_BYTES = 256
@@ -137,13 +138,8 @@ class NextByte(NextToken):
     """
 
     def __init__(self, d_model: int, num_experts: int, top_k: int, max_length: int) -> None:
-        try:
-            # Imported late: it takes seconds, and only this task needs it.
-            import transformers
-        except ImportError as error:
-            raise ValueError(
-                "task='text' needs transformers: expected `pip install 'flwr-moe[transformers]'`"
-            ) from error
+        # Imported late: it takes seconds, and only this task needs it.
+        transformers = require("transformers", "transformers")
         common: dict[str, Any] = {
             "vocab_size": NUM_BYTES,
             "hidden_size": d_model,

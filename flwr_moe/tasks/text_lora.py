@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Generator, nn
 
+from flwr_moe._lazy import require
 from flwr_moe.lora.layer import GateKind
 
 
@@ -66,9 +67,8 @@ def with_experts(
     """
     # Imported late: it takes seconds, and only tasks of texts need it.
     from flwr_moe.lora.build import add_lora_experts
-    from flwr_moe.lora.sites import require_peft
 
-    lora = require_peft()
+    lora = require("peft", "peft")
     names = [
         name
         for name, module in model.named_modules()

@@ -27,7 +27,6 @@ from flwr_moe.lora import (
     token_mask,
 )
 from flwr_moe.lora import layer as lora_layer_module
-from flwr_moe.lora import sites as lora_sites_module
 
 IDS = torch.randint(0, 40, (3, 5), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
@@ -474,4 +473,4 @@ def test_a_model_with_experts_is_refused() -> None:
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"pip install 'flwr-moe\[peft\]'"):
-        lora_sites_module.require_peft()
+        add_lora_experts(bert(), None, 2, 1)
