@@ -222,7 +222,7 @@ def test_a_connection_is_kept(server):
         for _ in range(5):
             client.names()
             assert len(server._server.server_state.connections) >= 1
-        pool = client._transport._http._transport._pool
+        pool = client._http._transport._pool
         assert [connection.is_idle() for connection in pool.connections] == [True]
 
 
