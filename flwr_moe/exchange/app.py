@@ -2,6 +2,13 @@
 
 Every request except the health check carries the bearer token. Nothing of a request is read or
 stored before its token, route, name and declared length have been found good.
+
+It speaks ASGI to uvicorn itself. Starlette, which comes with Flower, was measured in its place with
+the same checks and slices: 2.2 times the CPU time of a small request, 1.03 to 1.14 times that of a
+call with 2 MB each way. Little of the code here would go: its router matches the decoded path, so
+that an escaped name would pass; its headers give the first of several values, where two lengths or
+two tokens are refused; its answers do not go on reading for a moment, which is how a client that is
+still sending gets to know why it was refused.
 """
 
 from __future__ import annotations
@@ -12,15 +19,7 @@ import hmac
 import json
 import logging
 import re
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import Any
@@ -57,6 +56,7 @@ _DRAINED_BYTES = 1 << 16
 _LINGER_S = 0.5
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _BINARY = (b"content-type", b"application/octet-stream")
+_JSON = (b"content-type", b"application/json")
 
 
 class Request:
@@ -126,35 +126,17 @@ class Request:
         self._ended = True
 
     async def reply(
-        self, status: int, body: memoryview | None = None, digest: str | None = None
-    ) -> None:
-        """Answer, with a body of tensors if there is one."""
-        headers: Headers = []
-        if body is not None:
-            headers = [_BINARY, (b"content-length", str(body.nbytes).encode())]
-        if digest is not None:
-            headers.append((CHECKSUM_HEADER.encode(), digest.encode()))
-        await self._reply(status, headers, memoryview(b"") if body is None else body)
-
-    async def reply_json(
         self,
-        content: object,
-        status: int = 200,
-        more: Sequence[tuple[bytes, bytes]] = (),
+        status: int,
+        body: memoryview | None = None,
+        *headers: tuple[bytes, bytes],
         linger: bool = False,
     ) -> None:
-        """Answer with one line of JSON and more headers; `linger` as the request goes on."""
-        body = json.dumps(content).encode() + b"\n"
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            *more,
-        ]
-        await self._reply(status, headers, memoryview(body), linger)
-
-    async def _reply(
-        self, status: int, headers: Headers, body: memoryview, linger: bool = False
-    ) -> None:
+        """Answer; with `linger`, what still comes of the request is taken for a moment."""
+        if body is None:
+            body = memoryview(b"")
+        else:
+            headers = (*headers, (b"content-length", str(body.nbytes).encode()))
         self._answered = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         if self.method == "HEAD":
@@ -166,6 +148,17 @@ class Request:
         if linger:
             await self._drain()
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def reply_json(
+        self,
+        content: object,
+        status: int = 200,
+        *headers: tuple[bytes, bytes],
+        linger: bool = False,
+    ) -> None:
+        """Answer with one line of JSON."""
+        body = memoryview(json.dumps(content).encode() + b"\n")
+        await self.reply(status, body, _JSON, *headers, linger=linger)
 
     async def _drain(self) -> None:
         drained = 0
@@ -190,7 +183,7 @@ class Request:
             headers.append((b"connection", b"close"))
         reason = " ".join(refused.reason.split())[:_LONGEST_REASON]
         linger = closing and not self._begun
-        await self.reply_json({"error": reason}, refused.status, headers, linger)
+        await self.reply_json({"error": reason}, refused.status, *headers, linger=linger)
 
     def _little_to_come(self) -> bool:
         lengths = [value for key, value in self._headers if key == b"content-length"]
@@ -202,6 +195,7 @@ class Request:
 
 Handler = Callable[[dict[str, Tensor], dict[str, str]], tuple[Mapping[str, Tensor], dict[str, str]]]
 
+_STATUS: dict[type[Exception], int] = {BadName: 400, BadBody: 422, StoreFull: 507}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BODIES_AT_ONCE = 4
 _log = logging.getLogger(__name__)
@@ -267,12 +261,8 @@ class ExchangeApp:
             await self._answer(request)
         except Refused as refused:
             await request.refuse(refused)
-        except BadName as error:
-            await request.refuse(Refused(str(error), 400))
-        except BadBody as error:
-            await request.refuse(Refused(str(error), 422))
-        except StoreFull as error:
-            await request.refuse(Refused(str(error), 507))
+        except tuple(_STATUS) as error:
+            await request.refuse(Refused(str(error), _STATUS[type(error)]))
         except OSError as error:
             _log.exception("%s %s failed", request.method, request.path)
             full = error.errno in _DISK_FULL
@@ -328,7 +318,7 @@ class ExchangeApp:
             stored, digest = await in_thread(self._file_workers, self._stored, name)
         except KeyError:
             raise Refused(f"no tensors called {name}", 404) from None
-        await request.reply(200, stored, digest)
+        await request.reply(200, stored, _BINARY, (CHECKSUM_HEADER.encode(), digest.encode()))
 
     def _put(self, name: str, body: memoryview, claimed: bytes) -> None:
         if checksum(body).encode() != claimed:
@@ -348,7 +338,7 @@ class ExchangeApp:
                 self._call_workers, self._run_handler, handler, request.path, body
             )
             del body
-        await request.reply(200, answer)
+        await request.reply(200, answer, _BINARY)
 
     def _run_handler(self, handler: Handler, path: str, body: memoryview) -> memoryview:
         tensors, metadata = unpack(body, self._limits)
