@@ -5,7 +5,7 @@ A message brings the device's experts, what it lacks of the shared part, and a c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -70,16 +70,14 @@ class GateQuestion(ExpertOrder):
     num_features: int | None = key(default=None, least=1)
     gamma: float | None = key(default=None, above=0)
 
-    def about(self, features: RandomFeatures | None) -> GateQuestion:
-        """Return the same question, of some random features."""
-        if features is None:
-            return self
-        return replace(
-            self,
-            feature_seed=features.seed,
-            num_features=features.num_features,
-            gamma=features.gamma,
-        )
+    @classmethod
+    def of(cls, order: ExpertOrder, features: RandomFeatures | None) -> GateQuestion:
+        """Make an order the question about data, and about some random features of them."""
+        asked: dict[str, Any] = {}
+        if features is not None:
+            asked = {"feature_seed": features.seed, "num_features": features.num_features}
+            asked["gamma"] = features.gamma
+        return cls(**vars(order), **asked)
 
     def features(self, num_inputs: int) -> RandomFeatures:
         """Draw the features that both the server and all devices draw.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from logging import INFO, WARNING
 from typing import Any
 
@@ -118,17 +119,16 @@ class EMSRun:
             state = {**state, **self._first_gates}
             # Nothing is trained yet: the network must not reserve time for it.
             extra.pop("local-steps", None)
-        common = {
-            "experts": experts,
-            "gate": self.gate.gate,
-            "server_round": self.version,
-            "train_shared": self.shared_weight is not None,
-            "extra": extra,
-        }
+        kind = TRAIN_EXPERTS
+        order = ExpertOrder(
+            experts=experts,
+            gate=self.gate.gate,
+            server_round=self.version,
+            train_shared=self.shared_weight is not None,
+            extra=extra,
+        )
         if asks:
-            kind, order = GATE_STATISTICS, GateQuestion(**common).about(self.gate.features)
-        else:
-            kind, order = TRAIN_EXPERTS, ExpertOrder(**common)
+            kind, order = GATE_STATISTICS, GateQuestion.of(order, self.gate.features)
         part = record_of(self.layout.take(state, experts))
         shared = self.layout.shared(state)
         messages = []
@@ -157,7 +157,7 @@ class EMSRun:
             message_id = reply.metadata.reply_to_message_id
             cluster, node_id = waiting[message_id], loop.node_of(message_id)
             cluster.pending.discard(message_id)
-            content = loop.content_of(reply, lambda came, c=cluster: self.why_unusable(c, came))
+            content = loop.content_of(reply, partial(self.why_unusable, cluster))
             if content is None:
                 # Whatever went wrong, next time this node gets everything anew.
                 self._forget(node_id)
