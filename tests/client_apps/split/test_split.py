@@ -14,6 +14,7 @@ from flwr_moe.client_apps.split.link import small_labels
 from flwr_moe.client_apps.split.visit import Visit
 from flwr_moe.exchange import RefusedByServer
 from flwr_moe.messages.split import SPLIT_TRAIN
+from flwr_moe.network.guard import NothingTrained
 from flwr_moe.split import PruneSchedule
 from flwr_moe.split.step import step_flops
 from flwr_moe.strategies import FedSL, SplitFed
@@ -69,7 +70,8 @@ def order_of(strategy: SplitFed, **changes: Any) -> RecordDict:
 
     from flwr_moe.network import answer_roll_call
 
-    run_split(strategy, answer_roll_call(app), rounds=1, num_clients=2)
+    with pytest.raises(NothingTrained, match="enough seen"):
+        run_split(strategy, answer_roll_call(app), rounds=1, num_clients=2)
     config = {**written[0].config_records["config"], **changes}
     rest = {k: v for k, v in written[0].items() if k != "config"}
     content = {k: v for k, v in config.items() if v is not None}
