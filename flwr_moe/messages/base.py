@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from types import NoneType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
@@ -199,10 +198,16 @@ def _is_one(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-@cache
-def _spec(cls: Any) -> tuple[tuple[str, str, Any, bool, bool, dict[str, Any]], ...]:
-    """Name, key, type, whether it may be None, whether it has a default, and rules of a field."""
-    hints, spec = get_type_hints(cls), []
+_Field = tuple[str, str, Any, bool, bool, dict[str, Any]]
+"""Name, key, type, whether it may be None, whether it has a default, and rules of a field."""
+_SPECS: dict[type, list[_Field]] = {}
+
+
+def _spec(cls: type[Fields]) -> list[_Field]:
+    if cls in _SPECS:
+        return _SPECS[cls]
+    hints = get_type_hints(cls)
+    spec: list[_Field] = []
     for field in dataclasses.fields(cls):
         if field.name == EXTRA:
             continue
@@ -212,4 +217,4 @@ def _spec(cls: Any) -> tuple[tuple[str, str, Any, bool, bool, dict[str, Any]], .
         at = field.metadata.get("key") or field.name.replace("_", "-")
         default = field.default is not MISSING or field.default_factory is not MISSING
         spec.append((field.name, at, kind, optional, default, field.metadata.get("rules", {})))
-    return tuple(spec)
+    return _SPECS.setdefault(cls, spec)
