@@ -36,6 +36,10 @@ DTYPES = {
 }
 METADATA = "__metadata__"
 LENGTH_BYTES = 8  # the header's length, an unsigned little-endian integer in front of it
+# torch and numpy give a dtype the same name, so one table serves both.
+_CODES = {str(dtype).removeprefix("torch."): code for code, dtype in DTYPES.items()}
+_ALIGNMENT = 8
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _MAX_DIMENSIONS = 64
 _MAX_TENSOR_BYTES = 2**63 - 1
 
@@ -60,6 +64,10 @@ class Refused(Exception):  # noqa: N818 - an answer, not a fault
 
 class BadBody(ValueError):  # noqa: N818
     """A body that is not well-formed safetensors, or not what was expected."""
+
+
+class BadName(ValueError):  # noqa: N818
+    """A name under which nothing may be stored."""
 
 
 @dataclass(frozen=True)
@@ -219,31 +227,6 @@ def shown(value: object) -> str:
     except RecursionError:
         return "something nested"
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-__all__ = [
-    "BadBody",
-    "BadName",
-    "Body",
-    "Header",
-    "Limits",
-    "ShapeAndDtype",
-    "TensorSpec",
-    "check_name",
-    "checksum",
-    "pack",
-    "read_header",
-    "unpack",
-]
-
-# torch and numpy give a dtype the same name, so one table serves both.
-_CODES = {str(dtype).removeprefix("torch."): code for code, dtype in DTYPES.items()}
-_ALIGNMENT = 8
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
-
-
-class BadName(ValueError):  # noqa: N818
-    """A name under which nothing may be stored."""
 
 
 class ShapeAndDtype(Protocol):
