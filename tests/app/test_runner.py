@@ -101,7 +101,7 @@ def test_zero_settings_become_the_tuned_ones() -> None:
     assert train_config(Settings(local_steps=3), 0)["local-steps"] == 0
 
 
-@pytest.mark.ray
+@pytest.mark.ray(own=True)
 def test_compare_through_flowers_engine_writes_the_results_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run_compare(["ems-fl", "fedavg"], SMALL, [0], out) == 0
