@@ -11,6 +11,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from logging import WARNING
+from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -77,9 +78,9 @@ class WrappedGrid(Grid):
         """Hand to the inner Grid."""
         return self.grid.push_messages(messages)
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Hand to the inner Grid."""
-        return self.grid.pull_messages(message_ids)
+    def pull_messages(self, *asked: Any, **named: Any) -> Iterable[Message]:
+        """Hand to the inner Grid, in whatever signature Flower gives it."""
+        return self.grid.pull_messages(*asked, **named)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -200,7 +201,7 @@ class ClockGrid(WrappedGrid):
             time.sleep(POLL_S)
         return self.profiles()
 
-    def pull_messages(
+    def pull_messages(  # type: ignore[override]
         self,
         reply_to_message_ids: Iterable[str] | None = None,
         *,
