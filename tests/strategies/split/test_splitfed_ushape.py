@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from flwr_moe.engines.flower import simulate
 from flwr_moe.network import FixedLinks, RealGrid, SimulatedGrid, count_bytes
+from flwr_moe.network.guard import NothingTrained
 from flwr_moe.split import cut_codecs
 from flwr_moe.split.session import SplitSession
 from flwr_moe.strategies import FedSL, SplitFed
@@ -121,16 +122,16 @@ def test_a_client_with_another_top_cut_is_refused_with_a_reason() -> None:
         return call_next(message, context)
 
     strategy = ushaped()
-    with serving(strategy):
+    with serving(strategy), pytest.raises(NothingTrained, match="top-cut is '4', expected"):
         network = RealGrid(LocalGrid(split_app(mods=[other]), 2))
-        result = strategy.start(
+        strategy.start(
             network,
             ArrayRecord(build_model().state_dict()),
             num_rounds=1,
             train_config=ConfigRecord(CONFIG),
         )
     assert network.ledger.events == {"rejected": 2}
-    assert_close(result.arrays.to_torch_state_dict(), build_model().state_dict())
+    assert_close(strategy.run.snapshot.to_torch_state_dict(), build_model().state_dict())
 
 
 @pytest.mark.parametrize(
