@@ -37,26 +37,43 @@ def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callabl
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, original = homes[name]
-        value = getattr(import_module(module), original)
+        try:
+            value = getattr(import_module(module), original)
+        except ModuleNotFoundError as error:
+            raise missing_extra(error) from error
         setattr(sys.modules[package], name, value)
         return value
 
     return load, lambda: sorted(set(vars(sys.modules[package])) | set(homes))
 
 
+EXTRAS = {
+    **dict.fromkeys(("skyfield", "sgp4"), "orbit"),
+    **dict.fromkeys(("PIL", "datasets", "flwr_datasets", "matplotlib", "pyarrow"), "app"),
+    **dict.fromkeys(("ray", "sklearn"), "app"),
+    "itur": "rain",
+    "peft": "peft",
+    "transformers": "transformers",
+}
+"""The extra of this package that brings an optional dependency, by its top module."""
+
+
 class MissingExtraError(ImportError, ValueError):
     """An optional dependency is not installed, which whoever asked for it can change."""
 
 
-def require(module: str, extra: str) -> Any:
-    """Import a module of an optional dependency.
+def missing_extra(error: ModuleNotFoundError) -> ModuleNotFoundError | MissingExtraError:
+    """Return one line that names the extra where an optional dependency is missing."""
+    name = (error.name or "").partition(".")[0]
+    if name not in EXTRAS:
+        return error
+    return MissingExtraError(
+        f"{name} is missing, expected `pip install 'flwr-moe[{EXTRAS[name]}]'`"
+    )
 
-    Parameters
-    ----------
-    module : str
-        Its full name.
-    extra : str
-        The extra of this package that brings it.
+
+def require(module: str) -> Any:
+    """Import a module of an optional dependency.
 
     Raises
     ------
@@ -65,7 +82,5 @@ def require(module: str, extra: str) -> Any:
     """
     try:
         return import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{module.partition('.')[0]} is missing, expected `pip install 'flwr-moe[{extra}]'`"
-        ) from error
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) from error

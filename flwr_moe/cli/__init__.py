@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from flwr_moe._lazy import missing_extra
 from flwr_moe.cli import compare, cuts, passes, report, serve
 from flwr_moe.cli.interrupt import end_on_interrupt
 
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         return 130
+    except ModuleNotFoundError as error:
+        return _fail(missing_extra(error), 2)
     except (ValueError, OverflowError, MemoryError, OSError) as error:
         return _fail(error, 2)
     except RuntimeError as error:

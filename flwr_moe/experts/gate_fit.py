@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flwr_moe._lazy import require
 from flwr_moe.checks import check_numbers
 
 FloatArray = NDArray[np.float64]
@@ -313,7 +314,7 @@ def split_among_experts(
     -----
     Source: ours.
     """
-    from sklearn.cluster import KMeans
+    KMeans = require("sklearn.cluster").KMeans
 
     used = np.flatnonzero(cluster.count_G > 0)
     if not 1 <= num_experts <= len(used):

@@ -209,7 +209,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _read_config(home: Path) -> Any:
     if not (home / CONFIG).is_file():
         raise ValueError(f"{home / CONFIG} is missing, expected a PEFT adapter folder")
-    config = require("peft", "peft").LoraConfig.from_pretrained(str(home))
+    config = require("peft").LoraConfig.from_pretrained(str(home))
     config.inference_mode = False
     return config
 

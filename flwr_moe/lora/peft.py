@@ -128,7 +128,7 @@ def peft_layout(model: nn.Module, adapter_names: Sequence[str]) -> PeftLayout:
     ValueError
         If an adapter does not exist, is named twice, or the adapters differ in layers or rank.
     """
-    peft = require("peft", "peft")
+    peft = require("peft")
     names = list(adapter_names)
     known = list(getattr(model, "peft_config", {}))
     unknown = [name for name in names if name not in known]
@@ -175,7 +175,7 @@ def fused_peft_layout(model: nn.Module, adapter_name: str = "default") -> FusedP
     ValueError
         If the adapter has no LoRA on fused experts.
     """
-    peft = require("peft", "peft")
+    peft = require("peft")
     wrapper_type = peft.tuners.lora.layer.ParamWrapper
     state = model.state_dict()
     found: dict[int, tuple[str, int, dict[str, tuple[str, ...]], dict[str, TensorSpec]]] = {}

@@ -99,7 +99,7 @@ def find_sites(model: nn.Module, config: LoraConfig) -> LoRASites:
         If PEFT is not installed, the config asks for something mixtures do not do, nothing
         matches, or what matches is no linear layer that is called as a module.
     """
-    lora = require("peft", "peft")
+    lora = require("peft")
     _check_config(config)
     names = _linear_names(model)
     kind = type(model).__name__
@@ -150,7 +150,7 @@ def find_sites(model: nn.Module, config: LoraConfig) -> LoRASites:
 
 
 def _check_config(config: LoraConfig) -> None:
-    lora = require("peft", "peft")
+    lora = require("peft")
     if not isinstance(config, lora.LoraConfig):
         raise ValueError(f"config is a {type(config).__name__}, expected a peft.LoraConfig")
     if config.init_lora_weights is not True:

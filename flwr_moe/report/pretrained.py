@@ -115,7 +115,7 @@ def _save_mixture(
 
 def _pretrained(model: nn.Module) -> tuple[PreTrainedModel, str]:
     """Find the model of transformers, and what stands before its tensors' names."""
-    pretrained_model = require("transformers", "transformers").PreTrainedModel
+    pretrained_model = require("transformers").PreTrainedModel
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, pretrained_model):

@@ -32,7 +32,7 @@ def from_hub(where: str, what: str, kind: str, **options: Any) -> Any:
         If transformers is not installed, or cannot load it.
     """
     # Imported late: it takes seconds, and only tasks of texts need it.
-    transformers = require("transformers", "transformers")
+    transformers = require("transformers")
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -139,7 +139,7 @@ class NextByte(NextToken):
 
     def __init__(self, d_model: int, num_experts: int, top_k: int, max_length: int) -> None:
         # Imported late: it takes seconds, and only this task needs it.
-        transformers = require("transformers", "transformers")
+        transformers = require("transformers")
         common: dict[str, Any] = {
             "vocab_size": NUM_BYTES,
             "hidden_size": d_model,

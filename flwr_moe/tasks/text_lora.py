@@ -68,7 +68,7 @@ def with_experts(
     # Imported late: it takes seconds, and only tasks of texts need it.
     from flwr_moe.lora.build import add_lora_experts
 
-    lora = require("peft", "peft")
+    lora = require("peft")
     names = [
         name
         for name, module in model.named_modules()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 
 from flwr_moe.arrays import Arrays, cast_like
 from flwr_moe.experts import ExpertLayout
 from flwr_moe.experts.layout import part_name
 from flwr_moe.experts.mixing import Ingredient, mix
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 Mixed = dict[str, NDArray[Any]]
 
@@ -78,6 +80,8 @@ def _matrix(
     layer: int, pool: Sequence[tuple[int, int]], plans: Mapping[int, Sequence[Ingredient]]
 ) -> csr_array:
     """Weights of one layer's plans over the pool; rows sum to one."""
+    from scipy.sparse import csr_array  # slow to load, and only a relaying server needs it
+
     place = {where: i for i, where in enumerate(pool)}
     a = {(i, i): 0.0 for i in range(len(pool))}
     for client, plan in plans.items():

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from flwr.app import ArrayRecord, Message
 
 from flwr_moe.arrays import arrays_of, record_of, unlike, weighted_mean
-from flwr_moe.exchange import ExchangeServer, TensorStore
 from flwr_moe.exchange.app import Handler
 from flwr_moe.messages.split import HALF, SplitFigures, SplitReply
 from flwr_moe.network import ClockGrid
@@ -144,6 +143,9 @@ class SplitRun:
 @contextmanager
 def local_exchange(handlers: Mapping[str, Handler]) -> Iterator[tuple[str, str]]:
     """Serve handlers on the loopback address; the URL and the token."""
+    # Devices that have an exchange of their own need no server here.
+    from flwr_moe.exchange import ExchangeServer, TensorStore
+
     token = secrets.token_urlsafe(24)
     with closing(TensorStore()) as store, ExchangeServer(store, token, handlers) as server:
         yield server.url, token
