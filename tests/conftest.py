@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from typing import Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -17,6 +18,11 @@ from flwr_moe.exchange import ExchangeServer, TensorStore
 TOKEN = "letmein"
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def epoch() -> datetime:
+    return datetime(2026, 3, 1, tzinfo=UTC)
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
         Satellite,
         Walker,
         constellation,
-        walker_delta,
-        walker_star,
     )
     from flwr_moe.orbit.element_age import ElementAgeWarning, check_element_age
     from flwr_moe.orbit.elements import load_elements, save_constellation
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
         LinkPreset,
         free_space_loss_db,
         propagation_delay_s,
-        slant_range_km,
     )
     from flwr_moe.orbit.passes import find_passes, pass_geometry
     from flwr_moe.orbit.rain import RainLoss, rain_loss_db

@@ -163,32 +163,6 @@ PRESETS: dict[str, Walker] = {
 }
 
 
-def walker_delta(
-    num_satellites: int,
-    num_planes: int,
-    phasing: int,
-    inclination_deg: float,
-    altitude_km: float,
-    epoch: datetime,
-) -> list[Any]:
-    """Walker delta constellation (planes over 360°); see `Walker` for units and errors."""
-    counts = num_satellites, num_planes, phasing
-    return Walker("delta", inclination_deg, *counts, altitude_km).satellites(epoch)
-
-
-def walker_star(
-    num_satellites: int,
-    num_planes: int,
-    phasing: int,
-    inclination_deg: float,
-    altitude_km: float,
-    epoch: datetime,
-) -> list[Any]:
-    """Walker star constellation (planes over 180°); see `Walker` for units and errors."""
-    counts = num_satellites, num_planes, phasing
-    return Walker("star", inclination_deg, *counts, altitude_km).satellites(epoch)
-
-
 def constellation(name: str, epoch: datetime) -> list[Any]:
     """Return the satellites of a preset, or of a spelled-out Walker pattern.
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sgp4.api import SatrecArray
 from skyfield.api import wgs84
+from skyfield.functions import from_spherical
 from skyfield.sgp4lib import theta_GMST1982
 
 from flwr_moe.orbit.table import Site
@@ -94,14 +95,7 @@ def site_vectors(sites: Sequence[Site]) -> tuple[FloatArray, FloatArray]:
     position_km = np.stack([place.itrs_xyz.km for place in places], axis=-1)
     latitude = np.radians([s.latitude_deg for s in sites])
     longitude = np.radians([s.longitude_deg for s in sites])
-    normal = np.stack(
-        (
-            np.cos(latitude) * np.cos(longitude),
-            np.cos(latitude) * np.sin(longitude),
-            np.sin(latitude),
-        )
-    )
-    return position_km, normal
+    return position_km, from_spherical(1.0, latitude, longitude)
 
 
 def dot(left: FloatArray, right: FloatArray) -> FloatArray:

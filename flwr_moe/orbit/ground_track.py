@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flwr_moe.orbit.checks import check_range
 from flwr_moe.orbit.geometry import satellite_states
 from flwr_moe.orbit.table import Site
 from flwr_moe.orbit.trust import trusted_spans
@@ -63,8 +64,7 @@ def coverage_radius_deg(height_km: float, min_elevation_deg: float) -> float:
     ValueError
         When the height is negative.
     """
-    if not height_km >= 0.0:
-        raise ValueError(f"height_km = {height_km:g}, expected at least 0")
+    check_range("height_km", height_km, 0.0)
     elevation = math.radians(min_elevation_deg)
     cosine = MEAN_RADIUS_KM * math.cos(elevation) / (MEAN_RADIUS_KM + height_km)
     return math.degrees(math.acos(cosine) - elevation)

@@ -15,17 +15,6 @@ FloatArray = NDArray[np.float64]
 SPEED_OF_LIGHT_M_S = 299_792_458.0
 # 10 log10 of the Boltzmann constant, dBW/(K Hz).
 BOLTZMANN_DB = 10.0 * math.log10(1.380649e-23)
-# The spherical Earth of 3GPP TR 38.811 and 38.821.
-EARTH_RADIUS_KM = 6_371.0
-
-
-def _positive(name: str, values: ArrayLike, *, zero: bool = False) -> FloatArray:
-    array = np.asarray(values, dtype=np.float64)
-    good = (array >= 0.0) if zero else (array > 0.0)
-    if not np.all(good & np.isfinite(array)):
-        bad = array[~(good & np.isfinite(array))].ravel()[0]
-        raise ValueError(f"{name} = {bad:g}, expected {'at least' if zero else 'more than'} 0")
-    return array
 
 
 def free_space_loss_db(range_km: ArrayLike, frequency_hz: float) -> FloatArray:
@@ -43,38 +32,14 @@ def free_space_loss_db(range_km: ArrayLike, frequency_hz: float) -> FloatArray:
     ValueError
         When a range or the frequency is not positive.
     """
-    distance_m = _positive("range_km", range_km) * 1e3
-    frequency = _positive("frequency_hz", frequency_hz)
+    distance_m = check_range("range_km", range_km, 0.0, above=True) * 1e3
+    frequency = check_range("frequency_hz", frequency_hz, 0.0, above=True)
     return 20.0 * np.log10(4.0 * math.pi * distance_m * frequency / SPEED_OF_LIGHT_M_S)
-
-
-def slant_range_km(elevation_deg: ArrayLike, altitude_km: float) -> FloatArray:
-    """Range of a satellite at an elevation, over a spherical Earth, in km.
-
-    `sqrt(R² sin² e + h² + 2 R h) - R sin e` (3GPP TR 38.811, section 6.6.2).
-
-    Parameters
-    ----------
-    elevation_deg
-        0 to 90, any shape; the result has the same.
-    altitude_km
-        Height above the ground.
-
-    Raises
-    ------
-    ValueError
-        When an elevation is outside 0 to 90 or the altitude is not positive.
-    """
-    elevation = np.asarray(elevation_deg, dtype=np.float64)
-    check_range("elevation_deg", elevation, 0.0, 90.0)
-    altitude = _positive("altitude_km", altitude_km)
-    rise = EARTH_RADIUS_KM * np.sin(np.radians(elevation))
-    return np.sqrt(rise**2 + altitude**2 + 2.0 * EARTH_RADIUS_KM * altitude) - rise
 
 
 def propagation_delay_s(range_km: ArrayLike) -> FloatArray:
     """One-way delay in seconds over a range in km, at least 0; same shape."""
-    return _positive("range_km", range_km, zero=True) * 1e3 / SPEED_OF_LIGHT_M_S
+    return check_range("range_km", range_km, 0.0) * 1e3 / SPEED_OF_LIGHT_M_S
 
 
 @dataclass(frozen=True)
@@ -111,15 +76,14 @@ class LinkBudget:
     beam_share: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive("frequency_hz", self.frequency_hz)
-        _positive("bandwidth_hz", self.bandwidth_hz)
-        _positive("losses_db", self.losses_db, zero=True)
+        check_range("losses_db", self.losses_db, 0.0)
+        for key in ("frequency_hz", "bandwidth_hz"):
+            check_range(key, getattr(self, key), 0.0, above=True)
         for key in ("eirp_dbw", "g_over_t_db_per_k"):
             if not math.isfinite(getattr(self, key)):
                 raise ValueError(f"{key} = {getattr(self, key):g}, expected a finite number")
         for key in ("efficiency", "beam_share"):
-            if not 0.0 < getattr(self, key) <= 1.0:
-                raise ValueError(f"{key} = {getattr(self, key):g}, expected above 0 to 1")
+            check_range(key, getattr(self, key), 0.0, 1.0, above=True)
 
     def snr_db(self, range_km: ArrayLike, extra_loss_db: ArrayLike = 0.0) -> FloatArray:
         """Return the signal-to-noise ratio in dB over a slant range in km; same shape.
@@ -129,7 +93,7 @@ class LinkBudget:
         in dB, at least 0, of the same shape.
         """
         gain = self.eirp_dbw + self.g_over_t_db_per_k - BOLTZMANN_DB
-        extra = _positive("extra_loss_db", extra_loss_db, zero=True)
+        extra = check_range("extra_loss_db", extra_loss_db, 0.0)
         loss = free_space_loss_db(range_km, self.frequency_hz) + self.losses_db + extra
         return gain - loss - 10.0 * math.log10(self.bandwidth_hz)
 

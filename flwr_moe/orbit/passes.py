@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sgp4.api import SGP4_ERRORS
 from skyfield.api import EarthSatellite
 
+from flwr_moe.orbit.checks import check_range
 from flwr_moe.orbit.element_age import check_element_age
 from flwr_moe.orbit.geometry import dot, satellite_states, sine_elevation, site_vectors
 from flwr_moe.orbit.search import CHUNK_TRIPLES, PEAK, RISE, SET, Block, Events, block_events
@@ -87,18 +88,12 @@ def find_passes(
     if not sites:
         raise ValueError("sites is empty, expected at least one site")
     require_aware(start, "start")
-    if not 0.0 < hours <= MAX_HOURS:
-        raise ValueError(
-            f"hours = {hours:g}, expected more than 0 and at most {MAX_HOURS:g} "
-            f"({MAX_HOURS / 24:g} days)"
-        )
-    if not 0.0 <= min_elevation_deg < 90.0:
-        raise ValueError(f"min_elevation_deg = {min_elevation_deg:g}, expected 0 to less than 90")
+    check_range("hours", hours, 0.0, MAX_HOURS, f"({MAX_HOURS / 24:g} days)", above=True)
+    check_range("min_elevation_deg", min_elevation_deg, 0.0, 90.0, below=True)
     if step_s is None:
         period_s = min(math.tau / s.model.no_kozai for s in satellites) * 60.0
         step_s = min(MAX_STEP_S, period_s / STEPS_PER_ORBIT)
-    if not (math.isfinite(step_s) and step_s > 0.0):
-        raise ValueError(f"step_s = {step_s:g}, expected more than 0")
+    check_range("step_s", step_s, 0.0, above=True)
     check_element_age(satellites, start, hours)
 
     horizon_s = hours * 3600.0
@@ -139,8 +134,7 @@ def pass_geometry(
     ValueError
         When `num_samples` is below 2 or the satellites are not those of the table.
     """
-    if num_samples < 2:
-        raise ValueError(f"num_samples = {num_samples}, expected at least 2")
+    check_range("num_samples", num_samples, 2)
     _check_satellites(satellites)
     if tuple(_name(s, i) for i, s in enumerate(satellites)) != table.satellite_names:
         raise ValueError("satellites: expected the satellites the table was made with, in order")

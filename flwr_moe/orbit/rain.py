@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flwr_moe._lazy import require
 from flwr_moe.orbit.checks import check_range
 from flwr_moe.orbit.table import Site
 
@@ -53,8 +53,7 @@ def rain_loss_db(
     maps of rain rate (P.837) and rain height (P.839), at circular polarisation. Rain alone: gases,
     clouds and the sky noise that rain adds are not in it.
     """
-    elevation = np.asarray(elevation_deg, dtype=np.float64)
-    check_range("elevation_deg", elevation, 0.0, 90.0)
+    elevation = check_range("elevation_deg", elevation_deg, 0.0, 90.0)
     check_range("percent", percent, *PERCENT_RANGE)
     check_range("frequency_hz", frequency_hz, *FREQUENCY_RANGE_HZ)
     grid_db = _loss_on_grid(site, frequency_hz, percent)
@@ -102,13 +101,8 @@ def _loss_on_grid(site: Site, frequency_hz: float, percent: float) -> FloatArray
     return np.asarray(loss.value, dtype=np.float64)
 
 
-def _itur() -> ModuleType:
+def _itur() -> Any:
     """Return the models of the optional package; loading its maps takes a second or two."""
-    try:
-        import_module("itur.models.itu618")
-        import_module("itur.models.itu839")
-        return import_module("itur.models")
-    except ImportError:
-        raise ValueError(
-            "rain needs the itur package, expected it installed: pip install flwr-moe[rain]"
-        ) from None
+    for name in ("itur.models.itu618", "itur.models.itu839"):
+        require(name, "rain")
+    return require("itur.models", "rain")

@@ -6,6 +6,7 @@ from typing import Any
 
 from skyfield.api import EarthSatellite
 
+from flwr_moe.orbit.checks import check_range
 from flwr_moe.orbit.times import timescale
 
 # SGP4 counts its epoch in days from 1949 December 31 00:00 UT.
@@ -56,12 +57,6 @@ def check_elements(
     names
         What the three are called where they were read.
     """
-    low, high = MEAN_MOTION_RANGE
-    if not low <= mean_motion <= high:
-        raise ValueError(
-            f"{names[0]} = {mean_motion:g}, expected {low:g} to {high:g} revolutions a day"
-        )
-    if not 0.0 <= eccentricity < 1.0:
-        raise ValueError(f"{names[1]} = {eccentricity:g}, expected 0 to less than 1")
-    if not 0.0 <= inclination_deg <= 180.0:
-        raise ValueError(f"{names[2]} = {inclination_deg:g}, expected 0 to 180 degrees")
+    check_range(names[0], mean_motion, *MEAN_MOTION_RANGE, "revolutions a day")
+    check_range(names[1], eccentricity, 0.0, 1.0, below=True)
+    check_range(names[2], inclination_deg, 0.0, 180.0, "degrees")

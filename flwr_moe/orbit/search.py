@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +37,7 @@ LEAST_SINE = 0.1
 ROOT_TOLERANCE = 1e-8
 
 
-@dataclass(frozen=True)
-class Events:
+class Events(NamedTuple):
     """What happens over pairs of satellite and site; all arrays of shape (E,).
 
     Attributes
@@ -77,13 +77,8 @@ class Events:
     @classmethod
     def join(cls, parts: list[Events]) -> Events:
         """Concatenate, in order."""
-        return cls(
-            np.concatenate([np.empty(0, np.int64), *(p.pair for p in parts)]),
-            np.concatenate([np.empty(0), *(p.time_s for p in parts)]),
-            np.concatenate([np.empty(0), *(p.height for p in parts)]),
-            np.concatenate([np.empty(0, np.int64), *(p.kind for p in parts)]),
-            np.concatenate([np.empty(0, np.bool_), *(p.open for p in parts)]),
-        )
+        none = cls.of(np.empty(0, np.int64), np.empty(0), np.empty(0), RISE)
+        return cls(*map(np.concatenate, zip(none, *parts, strict=True)))
 
 
 @dataclass(frozen=True)

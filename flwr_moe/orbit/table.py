@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
@@ -105,23 +105,6 @@ class PassTable:
 
     def __len__(self) -> int:
         return len(self.rise_s)
-
-    def for_site(self, site_index: int) -> PassTable:
-        """Return the passes over one site; indices keep their meaning.
-
-        Raises
-        ------
-        ValueError
-            When there is no such site.
-        """
-        check_range("site_index", site_index, 0, len(self.sites) - 1)
-        keep = self.site == site_index
-        columns = {
-            field.name: getattr(self, field.name)[keep]
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), np.ndarray)
-        }
-        return replace(self, **columns)
 
     def to_records(self) -> list[dict[str, str | float | bool]]:
         """Return one JSON-ready record a pass; times are ISO 8601 UTC with milliseconds."""

@@ -15,6 +15,7 @@ from sgp4.alpha5 import from_alpha5
 from sgp4.api import Satrec
 from sgp4.io import compute_checksum
 
+from flwr_moe.orbit.checks import check_range
 from flwr_moe.orbit.satellite import check_elements, make_satellite
 
 LINE_LENGTH = 69
@@ -133,8 +134,7 @@ def _satellite(first: tuple[int, str], second: tuple[int, str], name: str) -> An
         ("mean anomaly", slice(43, 51)),
     ):
         angle = _number(number_2, label, line_2[columns])
-        if angle > 360.0:
-            raise ValueError(f"line {number_2}: {label} = {angle:g}, expected 0 to 360 degrees")
+        check_range(f"line {number_2}: {label}", angle, 0.0, 360.0, "degrees")
     inclination = _number(number_2, "inclination", line_2[8:16])
     mean_motion = _number(number_2, "mean motion", line_2[52:63])
     try:

@@ -6,7 +6,7 @@ import pytest
 from sgp4.api import jday
 from skyfield.api import EarthSatellite
 
-from flwr_moe.orbit import PRESETS, Walker, constellation, walker_delta, walker_star
+from flwr_moe.orbit import PRESETS, Walker, constellation
 from flwr_moe.orbit.geometry import satellite_states
 from flwr_moe.orbit.times import timescale
 
@@ -16,7 +16,7 @@ EQUATORIAL_RADIUS_KM = 6378.135
 
 
 def test_walker_angles_follow_the_notation(epoch):
-    satellites = walker_delta(6, 3, 2, 53.0, 550.0, epoch)
+    satellites = Walker("delta", 53.0, 6, 3, 2, 550.0).satellites(epoch)
     models = [s.model for s in satellites]
     # Nodes at 0, 120, 240; slots 180 apart; each next plane 2 · 360 / 6 = 120 ahead.
     nodes = [math.degrees(m.nodeo) for m in models]
@@ -27,7 +27,8 @@ def test_walker_angles_follow_the_notation(epoch):
 
 
 def test_star_spreads_planes_over_half_a_turn(epoch):
-    nodes = [math.degrees(s.model.nodeo) for s in walker_star(4, 4, 0, 86.4, 780.0, epoch)]
+    star = Walker("star", 86.4, 4, 4, 0, 780.0).satellites(epoch)
+    nodes = [math.degrees(s.model.nodeo) for s in star]
     assert nodes == pytest.approx([0, 45, 90, 135])
 
 
@@ -76,7 +77,7 @@ def test_starlink_phasing_keeps_satellites_apart(epoch):
 
 def test_spelled_pattern_equals_the_function(epoch):
     spelled = constellation("star:86.4:66/6/2:780", epoch)
-    direct = walker_star(66, 6, 2, 86.4, 780.0, epoch)
+    direct = Walker("star", 86.4, 66, 6, 2, 780.0).satellites(epoch)
     assert [(s.name, s.model.mo, s.model.nodeo, s.model.no_kozai) for s in spelled] == [
         (s.name, s.model.mo, s.model.nodeo, s.model.no_kozai) for s in direct
     ]

@@ -80,7 +80,7 @@ def test_bad_numbers(arguments, complaint):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "itur.models.itu618", None)
-    message = r"rain needs the itur package.*pip install flwr-moe\[rain\]"
+    message = r"itur is missing, expected `pip install 'flwr-moe\[rain\]'`"
     with pytest.raises(ValueError, match=message):
         RainLoss([MUNICH], 0.1)
     with pytest.raises(ValueError, match=message):

@@ -72,7 +72,7 @@ def test_drawing_holds_every_pass_and_site(epoch):
     assert (box.x0, box.x1) == pytest.approx((table.rise_s[0] / 3600, table.set_s[0] / 3600))
     counts = [label.get_text() for label in lower.get_yticklabels()]
     assert counts[1] == "pole\n0 passes"
-    assert counts[0] == f"Munich\n{len(table.for_site(0))} passes"
+    assert counts[0] == f"Munich\n{np.sum(table.site == 0)} passes"
     assert {text.get_text() for text in upper.texts} == {"Munich", "pole", "edge"}
     # First, the hours that the tracks cover; later passes are on the timeline only.
     assert "first 6.38 h: tracks of 6 of 6 satellites, " in upper.get_title("right")
