@@ -104,5 +104,5 @@ def _loss_on_grid(site: Site, frequency_hz: float, percent: float) -> FloatArray
 def _itur() -> Any:
     """Return the models of the optional package; loading its maps takes a second or two."""
     for name in ("itur.models.itu618", "itur.models.itu839"):
-        require(name, "rain")
-    return require("itur.models", "rain")
+        require(name)
+    return require("itur.models")
