@@ -11,18 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 from numpy.typing import NDArray
 
 from flwr_moe.orbit import PassTable
 from flwr_moe.orbit.ground_track import angular_distance_deg, coverage_radius_deg, ground_tracks
 from flwr_moe.orbit.times import utc_texts
+from flwr_moe.report.plots import HOUR_S, hour_axis
 
 FloatArray = NDArray[np.float64]
 
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B4A9E")
 _TRACK_COLOUR, _SEA, _INK = "#98A5B1", "#F1F5F8", "#333D47"
-_HOUR = 3600.0
 # More than this on the map hides more than it shows.
 _MAX_TRACKS, _MAX_REVOLUTIONS, _MAX_ARCS, _MAX_LABELS = 12, 24, 150, 12
 _TRACK_POINTS, _ARC_POINTS = 3000, 25
@@ -93,7 +93,7 @@ def _draw_map(
         if len(table.sites) <= _MAX_LABELS:
             _label(axes, site.name, site.longitude_deg, site.latitude_deg, colours[g])
     drawn = min(len(satellites), _MAX_TRACKS)
-    note = f"first {span_s / _HOUR:.3g} h: tracks of {drawn} of {len(satellites)} satellites, "
+    note = f"first {span_s / HOUR_S:.3g} h: tracks of {drawn} of {len(satellites)} satellites, "
     note += f"{len(shown)} of {len(table)} passes"
     axes.set_title(f"Where satellites are seen above {table.min_elevation_deg:g}°", loc="left")
     axes.set_title(note, loc="right", fontsize=8, color=_INK)
@@ -153,7 +153,7 @@ def _draw_circle(
 
 
 def _draw_timeline(axes: Axes, table: PassTable, colours: Sequence[str]) -> None:
-    left, right = table.rise_s / _HOUR, table.set_s / _HOUR
+    left, right = table.rise_s / HOUR_S, table.set_s / HOUR_S
     # A bar stands on its row's lower edge; the y axis points down. A graze stays visible.
     bottom = table.site + 0.4
     top = bottom - np.maximum(0.8 * table.max_elevation_deg / 90.0, 0.06)
@@ -172,10 +172,9 @@ def _draw_timeline(axes: Axes, table: PassTable, colours: Sequence[str]) -> None
     axes.set_yticks(range(len(colours)), labels, fontsize=8, color=_INK)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(colours) - 0.5, -0.5)
-    axes.set_xlim(0, table.horizon_s / _HOUR)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 3, 6, 10]))
     (start,) = utc_texts(table.start, np.zeros(1))
-    axes.set_xlabel(f"Hours since {start[:16].replace('T', ' ')} UTC", color=_INK)
+    hour_axis(axes, table.horizon_s, f"Hours since {start[:16].replace('T', ' ')} UTC")
+    axes.xaxis.label.set_color(_INK)
     axes.set_title("Passes, as high as they climb (full row: 90°)", loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)

@@ -21,7 +21,7 @@ from flwr_moe.report.records import Results, RunRecord
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
 _PASS_COLOUR = "#B4C2CE"
 _MARKERS = "v^osDPX"
-_HOUR = 3600.0
+HOUR_S = 3600.0
 _MB = 1e6
 
 
@@ -61,15 +61,15 @@ def accuracy_figure(results: Results) -> Figure | None:
         times, accuracies = _mean_history(runs)
         # The last model stands until the horizon.
         end = max(results.horizon_s, times[-1])
-        hours = np.append(times, end) / _HOUR
+        hours = np.append(times, end) / HOUR_S
         values = np.append(accuracies, accuracies[-1])
         axes.step(hours, values, where="post", color=colour, linewidth=2, label=system)
         for run in runs if len(runs) > 1 else []:
             rows = [*run.history, replace(run.history[-1], time_s=end)]
-            x = [row.time_s / _HOUR for row in rows]
+            x = [row.time_s / HOUR_S for row in rows]
             y = [row.accuracy for row in rows]
             axes.step(x, y, where="post", color=colour, linewidth=0.8, alpha=0.4)
-    _hour_axis(axes, results.horizon_s / _HOUR, "Virtual time (h)")
+    hour_axis(axes, results.horizon_s)
     axes.set_ylabel("Accuracy on held-out data")
     axes.set_title(f"{results.task} over {results.links} links{_seeds_text(results)}", loc="left")
     axes.grid(alpha=0.25)
@@ -123,26 +123,22 @@ def passes_figure(results: Results) -> Figure | None:
     figure, axes = _figure(10.0, 1.6 + max(0.55, 0.16 * len(runs)) * len(clusters))
     for cluster, row in row_of.items():
         own = [window for window in passes if window["cluster"] == cluster]
-        _draw_windows(axes, row, [(w["rise-s"], w["set-s"]) for w in own], _PASS_COLOUR)
+        spans = [(w["rise-s"] / HOUR_S, (w["set-s"] - w["rise-s"]) / HOUR_S) for w in own]
+        axes.broken_barh(spans, (row - 0.4, 0.8), facecolors=_PASS_COLOUR, edgecolors="none")
     legend: list[Patch | Line2D] = [Patch(color=_PASS_COLOUR, label="pass")]
     for lane, (run, colour) in enumerate(zip(runs, _colours(len(runs)), strict=True)):
         offset = (lane + 0.5) / len(runs) - 0.5
         known = [upload for upload in run.uploads if upload["cluster"] in row_of]
         marker = _MARKERS[lane % len(_MARKERS)]
-        axes.plot(
-            [upload["time-s"] / _HOUR for upload in known],
-            [row_of[int(upload["cluster"])] + 0.8 * offset for upload in known],
-            marker,
-            color=colour,
-            markersize=4,
-        )
+        hours = [upload["time-s"] / HOUR_S for upload in known]
+        heights = [row_of[int(upload["cluster"])] + 0.8 * offset for upload in known]
+        (dots,) = axes.plot(hours, heights, marker, color=colour, markersize=4)
         if known:
-            legend.append(
-                Line2D([], [], color=colour, marker=marker, ls="", label=f"upload, {run.system}")
-            )
+            dots.set_label(f"upload, {run.system}")
+            legend.append(dots)
     axes.set_yticks(range(len(clusters)), [f"cluster {cluster}" for cluster in clusters])
     axes.set_ylim(len(clusters) - 0.5, -0.5)
-    _hour_axis(axes, results.horizon_s / _HOUR, "Virtual time (h)")
+    hour_axis(axes, results.horizon_s)
     axes.set_title(f"Passes and uploads, seed {results.runs[0].seed}", loc="left")
     axes.grid(axis="x", alpha=0.25)
     axes.legend(handles=legend, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -157,21 +153,15 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _hour_axis(axes: Axes, hours: float, label: str) -> None:
-    axes.set_xlim(0, hours)
+def hour_axis(axes: Axes, horizon_s: float, label: str = "Virtual time (h)") -> None:
+    """Let the x axis show the hours of a run, in steps that suit hours."""
+    axes.set_xlim(0, horizon_s / HOUR_S)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 3, 6, 10]))
     axes.set_xlabel(label)
 
 
 def _colours(count: int) -> list[str]:
     return [_PALETTE[i % len(_PALETTE)] for i in range(count)]
-
-
-def _draw_windows(
-    axes: Axes, row: int, windows: Sequence[tuple[float, float]], colour: str
-) -> None:
-    spans = [(rise / _HOUR, (fall - rise) / _HOUR) for rise, fall in windows]
-    axes.broken_barh(spans, (row - 0.4, 0.8), facecolors=colour, edgecolors="none")
 
 
 def _mean_history(runs: Sequence[RunRecord]) -> tuple[np.ndarray, np.ndarray]:

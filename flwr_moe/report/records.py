@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+EVENTS = ("lost", "late", "rejected")
+"""What may happen to a reply, as a run's summary counts it."""
+
 
 class ResultsError(ValueError):
     """A results folder that cannot be written or read."""

@@ -9,7 +9,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 
 from flwr_moe.report.files import write_text, writing
-from flwr_moe.report.records import HistoryRow, Results, ResultsError, RunRecord
+from flwr_moe.report.records import EVENTS, HistoryRow, Results, ResultsError, RunRecord
 
 _CASTS: dict[str, Callable[[Any], Any]] = {"str": str, "int": int, "float": float}
 _COLUMNS = [(f.name, _CASTS[str(f.type)]) for f in fields(HistoryRow)]
 HISTORY_HEADER = [name.replace("_", "-") for name, _ in _COLUMNS]
 _VERSIONED = ("flwr-moe", "flwr", "torch", "numpy")
-_EVENTS = ("lost", "late", "rejected")
 
 
 class ResultsFolder:
@@ -93,9 +92,7 @@ def write_results(
     from flwr_moe.report.table import markdown_table
 
     target = Path(folder)
-    complete = [
-        RunRecord(r.system, r.seed, r.history, _complete(r), r.passes, r.uploads) for r in runs
-    ]
+    complete = [replace(run, summary=_complete(run), weights=None) for run in runs]
     results = Results(task, links, horizon_s, complete, dict(settings_mapping), _versions())
     systems = results.by_system()
     timeline = {
@@ -146,11 +143,8 @@ def load_results(folder: str | os.PathLike[str]) -> Results:
                 seed = int(entry["seed"])
                 times = timelines.get((name, seed), {"passes": [], "uploads": []})
                 rows = [row for row in history if (row.system, row.seed) == (name, seed)]
-                runs.append(
-                    RunRecord(name, seed, rows, dict(entry), times["passes"], times["uploads"])
-                )
-        for run in runs:
-            run.summary = _complete(run)
+                run = RunRecord(name, seed, rows, entry, times["passes"], times["uploads"])
+                runs.append(replace(run, summary=_complete(run)))
         return Results(
             str(summary["task"]),
             str(summary["links"]),
@@ -167,22 +161,19 @@ def load_results(folder: str | os.PathLike[str]) -> Results:
 
 def _complete(run: RunRecord) -> dict[str, Any]:
     """Return the ``summary.json`` entry of a run with every key of the schema."""
-    first = run.history[0] if run.history else None
-    last = run.history[-1] if run.history else None
+    nothing = HistoryRow(run.system, run.seed, 0.0, 0, 0.0, 0.0, 0, 0, 0)
+    first, last = (run.history[0], run.history[-1]) if run.history else (nothing, nothing)
     known = [row for row in run.history if not math.isnan(row.accuracy)]
-    best = max(known, key=lambda row: row.accuracy, default=None)
-    uplink, downlink, peer = (
-        (last.uplink_bytes, last.downlink_bytes, last.peer_bytes) if last else (0, 0, 0)
-    )
+    best = max(known, key=lambda row: row.accuracy, default=nothing)
     entry: dict[str, Any] = {
         "seed": run.seed,
-        "initial-accuracy": first.accuracy if first else 0.0,
-        "final-accuracy": last.accuracy if last else 0.0,
-        "best-accuracy": best.accuracy if best else 0.0,
-        "best-time-s": best.time_s if best else 0.0,
-        "uplink-bytes": uplink,
-        "downlink-bytes": downlink,
-        "peer-bytes": peer,
+        "initial-accuracy": first.accuracy,
+        "final-accuracy": last.accuracy,
+        "best-accuracy": best.accuracy,
+        "best-time-s": best.time_s,
+        "uplink-bytes": last.uplink_bytes,
+        "downlink-bytes": last.downlink_bytes,
+        "peer-bytes": last.peer_bytes,
         "server-bytes": 0,
         "device-steps": 0,
         "device-seconds": 0.0,
@@ -192,7 +183,7 @@ def _complete(run: RunRecord) -> dict[str, Any]:
     entry.update({key: value for key, value in run.summary.items() if key != "seed"})
     if "server-bytes" not in run.summary:
         entry["server-bytes"] = entry["uplink-bytes"] + entry["downlink-bytes"]
-    entry["events"] = {**dict.fromkeys(_EVENTS, 0), **run.summary.get("events", {})}
+    entry["events"] = {**dict.fromkeys(EVENTS, 0), **run.summary.get("events", {})}
     plain: dict[str, Any] = _plain(entry)
     return plain
 

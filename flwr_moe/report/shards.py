@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.report.files import sync, write_text
 from flwr_moe.report.records import ResultsError
 
@@ -67,8 +68,7 @@ def write_shards(
     Source: ours. Equal states give equal bytes. Tensors that share memory are written each for
     itself.
     """
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes is {max_shard_bytes}, expected at least 1")
+    check_numbers(least=1, max_shard_bytes=max_shard_bytes)
     if not _STEM.fullmatch(stem):
         raise ValueError(f"stem is {stem!r}, expected letters, digits, '.', '_' and '-'")
     target = Path(folder)
@@ -91,11 +91,9 @@ def write_shards(
         if not partial:
             raise ValueError("the state has no tensors, expected at least one")
         count = len(partial)
-        files = (
-            [target / f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-            if count > 1
-            else [single]
-        )
+        files = [target / f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        if count == 1:
+            files = [single]
         for path, file in zip(partial, files, strict=True):
             path.replace(file)
     finally:

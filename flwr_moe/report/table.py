@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flwr_moe.report.records import Results
+from flwr_moe.report.records import EVENTS, Results
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,7 +16,6 @@ Entry = dict[str, Any]
 _FILE_WIDTH = 160
 _COMPACT_BELOW = 140
 _COMPACT_NAME = 12
-_EVENTS = ("lost", "late", "rejected")
 #: Heading, decimals and value of each column but the first and the last.
 _COLUMNS: tuple[tuple[str, int, Callable[[Entry], float | None]], ...] = (
     ("initial", 3, lambda e: e["initial-accuracy"]),
@@ -33,7 +32,7 @@ _RARE_COLUMNS: tuple[tuple[str, int, Callable[[Entry], float | None]], ...] = (
     ("after a local round", 3, lambda e: e.get("after-local-round")),
     ("peer MB", 2, lambda e: _scaled(e["peer-bytes"] or None, 1e-6)),
 )
-_LAST = "lost / late / rejected"
+_LAST = " / ".join(EVENTS)
 
 
 def _columns(results: Results) -> list[tuple[str, int, Callable[[Entry], float | None]]]:
@@ -59,7 +58,7 @@ def summary_rows(results: Results) -> list[list[str]]:
             _mean_spread([value(entry) for entry in entries], decimals)
             for _, decimals, value in _columns(results)
         ]
-        events = "/".join(str(sum(e["events"].get(kind, 0) for e in entries)) for kind in _EVENTS)
+        events = "/".join(str(sum(e["events"].get(kind, 0) for e in entries)) for kind in EVENTS)
         rows.append([system, *cells, events])
     return rows
 

@@ -8,10 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.lora.base import own_copy
 from flwr_moe.tasks.base import SPLITS, Indices, Task
 from flwr_moe.tasks.parquet import LabelledTexts, read_texts, source_of
-from flwr_moe.tasks.shares import balanced_draw, check_shares, deal_by_topic, topics_of_clusters
+from flwr_moe.tasks.shares import (
+    balanced_draw,
+    check_shares,
+    check_size,
+    deal_by_topic,
+    topics_of_clusters,
+)
 from flwr_moe.tasks.text_encoder import (
     FloatArray,
     TextClassifier,
@@ -104,10 +111,8 @@ class AgNews(Task):
         hub: str = "",
     ) -> None:
         super().__init__(num_clients, num_clusters, seed, partition, dirichlet_alpha)
-        if num_train < 0 or num_test < 0:
-            raise ValueError(f"num-train is {num_train}, num-test {num_test}, expected at least 0")
-        if num_public < 1:
-            raise ValueError(f"num-public is {num_public}, expected at least 1")
+        check_numbers(least=0, **{"num-train": num_train, "num-test": num_test})
+        check_numbers(least=1, **{"num-public": num_public})
         self.lora = lora
         self.num_train = num_train
         self.num_test = num_test
@@ -189,20 +194,17 @@ class AgNews(Task):
     @cached_property
     def _rows(self) -> dict[str, Indices]:
         """Rows of the files that are used at all."""
-        wanted = {"train": self.num_train and self.num_train + self.num_public}
-        wanted["test"] = self.num_test
         rows = {}
-        for split, size in wanted.items():
+        for split, asked, kept in (
+            ("train", self.num_train, self.num_public),
+            ("test", self.num_test, 0),
+        ):
             labels = self._texts(split).labels
-            spare = len(labels) - (self.num_public if split == "train" else 0)
-            asked = self.num_train if split == "train" else self.num_test
-            if asked > max(spare, 0):
-                raise ValueError(
-                    f"num-{split} is {asked}, expected at most {max(spare, 0)} with this data"
-                )
+            check_size(f"num-{split}", asked, len(labels) - kept)
             rng = np.random.default_rng([0, 4])
             every = np.arange(len(labels))
-            rows[split] = balanced_draw(labels, size, self.num_classes, rng) if size else every
+            size = asked + kept
+            rows[split] = balanced_draw(labels, size, self.num_classes, rng) if asked else every
         return rows
 
     @cached_property

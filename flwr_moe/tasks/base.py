@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, nn
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.tasks.shares import balanced_draw, check_alpha, matching_draw, share_out
 from flwr_moe.training.loop import train_steps
 from flwr_moe.training.samples import Samples
@@ -79,8 +80,7 @@ class Task:
         dirichlet_alpha: float = 0.3,
     ) -> None:
         partition = partition or self.partitions[0]
-        if num_clusters < 1:
-            raise ValueError(f"num-clusters is {num_clusters}, expected at least 1")
+        check_numbers(least=1, **{"num-clusters": num_clusters})
         if num_clients < num_clusters:
             raise ValueError(
                 f"num-clients is {num_clients}, expected at least num-clusters = {num_clusters}"
@@ -208,10 +208,7 @@ class Task:
         return shares
 
     def _share(self, partition_id: int) -> Indices:
-        if not 0 <= partition_id < self.num_clients:
-            raise ValueError(
-                f"partition-id is {partition_id}, expected 0 to {self.num_clients - 1}"
-            )
+        check_numbers(least=0, most=self.num_clients - 1, **{"partition-id": partition_id})
         return self._shares[partition_id]
 
     @cached_property

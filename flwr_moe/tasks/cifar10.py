@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.tasks.base import SPLITS, Indices, Task
 from flwr_moe.tasks.parquet import LabelledImages, read_images, source_of
-from flwr_moe.tasks.shares import balanced_draw
+from flwr_moe.tasks.shares import balanced_draw, check_size
 from flwr_moe.tasks.vgg import VGG
 from flwr_moe.training.samples import Samples
 
@@ -85,9 +86,8 @@ class Cifar10(Task):
         hub: str = "",
     ) -> None:
         super().__init__(num_clients, num_clusters, seed, partition, dirichlet_alpha)
-        for key, value in (("train", num_train), ("test", num_test), ("public", num_public)):
-            if value < 0:
-                raise ValueError(f"num-{key} is {value}, expected at least 0")
+        sizes = {"num-train": num_train, "num-test": num_test, "num-public": num_public}
+        check_numbers(least=0, **sizes)
         if 0 < num_train < num_clients * MIN_SAMPLES:
             raise ValueError(
                 f"num-train is {num_train}, expected 0 or at least {num_clients * MIN_SAMPLES}: "
@@ -135,14 +135,14 @@ class Cifar10(Task):
     @cached_property
     def _test(self) -> Indices:
         labels = self._labels("test")
-        _check_size("num-test", self.num_test, len(labels))
+        check_size("num-test", self.num_test, len(labels))
         size = self.num_test or len(labels)
         return balanced_draw(labels, size, self.num_classes, self._rng(1))
 
     @cached_property
     def _shares(self) -> list[Indices]:
         rest = self._rest
-        _check_size("num-train", self.num_train, len(rest))
+        check_size("num-train", self.num_train, len(rest))
         if self.num_train:
             labels = self._labels("train")[rest]
             rest = rest[balanced_draw(labels, self.num_train, self.num_classes, self._rng(4))]
@@ -190,8 +190,3 @@ def crop_and_flip(x: Tensor, generator: Generator) -> Tensor:
         rows_BH[:, None, :, None],
         columns_BW[:, None, None, :],
     ]
-
-
-def _check_size(key: str, value: int, most: int) -> None:
-    if value > most:
-        raise ValueError(f"{key} is {value}, expected at most {max(most, 0)} with this data")

@@ -50,5 +50,16 @@ def from_hub(where: str, what: str, kind: str, **options: Any) -> Any:
 
 def refusal(where: str, kind: str, error: Exception) -> str:
     """Say that what a name or folder holds is of no use, and why."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"model is {where!r}, expected the name or folder of {kind} that can be loaded: {reason}"
+    expected = f"expected the name or folder of {kind} that can be loaded"
+    return f"model is {where!r}, {expected}: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, its kind if that is nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def files_of(where: str) -> list[Path]:
+    """Return the files of a local folder, sorted; none for a name."""
+    folder = Path(where)
+    return sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from torch import nn
 
 from flwr_moe.tasks.cache import Allocate, cached_array, versions
-from flwr_moe.tasks.hub import from_hub
+from flwr_moe.tasks.hub import files_of, from_hub
 from flwr_moe.tasks.lm_pretrained import KIND, build_language_model, pretrained, skeleton
 from flwr_moe.tasks.text_lora import LoraPlan
 from flwr_moe.tasks.windows import Ids, Windows
@@ -117,11 +116,11 @@ class TokenFile(Windows):
                 f"text.max-length is {self.length}, expected at most {longest}: {self.model}"
             )
         try:
-            files = [self.file, *_files_of(self.model)]
+            files = [self.file, *files_of(self.model)]
             parts = [TOKENS_FORMAT, self.model, *versions(files)]
+            read = cached_array(parts, np.int32, self._tokenised)
         except OSError as error:
             raise ValueError(f"data is {str(self.file)!r}: it cannot be read: {error}") from error
-        read = cached_array(parts, np.int32, self._tokenised)
         if len(read) and read.max() >= self.num_classes:
             raise ValueError(
                 f"model is {self.model!r}: its tokenizer gives {read.max()}, expected less than "
@@ -130,10 +129,7 @@ class TokenFile(Windows):
         return read
 
     def _tokenised(self, allocate: Allocate) -> Ids:
-        try:
-            text = self.file.read_bytes().decode("utf-8", errors="replace")
-        except OSError as error:
-            raise ValueError(f"data is {str(self.file)!r}: it cannot be read: {error}") from error
+        text = self.file.read_bytes().decode("utf-8", errors="replace")
         tokenizer = from_hub(self.model, "AutoTokenizer", KIND)
         parts = [np.empty(0, dtype=np.int32)]
         start = 0
@@ -146,8 +142,3 @@ class TokenFile(Windows):
             start = end
         ids = allocate((sum(map(len, parts)),))
         return np.concatenate(parts, out=ids)
-
-
-def _files_of(model: str) -> list[Path]:
-    folder = Path(model)
-    return sorted(f for f in folder.iterdir() if f.is_file()) if folder.is_dir() else []

@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from flwr_moe._lazy import require
 from flwr_moe.tasks.cache import Allocate, cached_array, versions
+from flwr_moe.tasks.hub import first_line
 
 IMAGES, TEXTS = ("img", "image"), ("text", "sentence", "content")
 LABELS = ("label", "labels", "fine_label")
@@ -151,27 +153,21 @@ def _opened(source: Source, version: str) -> tuple[Column, str]:
     """Return what gives columns, and what names the version of the data."""
     if not source.split:
         return lambda accepted: _file_column(source, accepted), version
-    try:
-        # Imported late: it takes seconds, and only tasks by name need it.
-        import datasets
-        from datasets.table import embed_table_storage
-    except ImportError as error:
-        raise ValueError(
-            f"data set is {source.place!r}: loading it needs `pip install datasets`"
-        ) from error
+    # Imported late: it takes seconds, and only tasks by name need it.
+    datasets = require("datasets")
     try:
         rows = datasets.load_dataset(str(source.place), split=source.split)
     except Exception as error:  # The library raises anything, by cause and version.
         raise ValueError(
             f"data set is {source.place!r}, its split {source.split!r} cannot be loaded: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
     def column(accepted: tuple[str, ...]) -> Any:
         name = _name(list(rows.column_names), accepted, source)
         table = rows.select_columns([name]).with_format("arrow")[:]
         # Folders of images hold paths until their bytes are asked for.
-        return embed_table_storage(table)[name].combine_chunks()
+        return datasets.table.embed_table_storage(table)[name].combine_chunks()
 
     return column, f"{source} {rows._fingerprint}"
 
@@ -181,9 +177,7 @@ def _file_column(source: Source, accepted: tuple[str, ...]) -> Any:
         name = _name(pq.read_schema(source.place).names, accepted, source)
         return pq.read_table(source.place, columns=[name])[name].combine_chunks()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{source} is not a readable parquet file: {_first_line(error)}"
-        ) from error
+        raise ValueError(f"{source} is not a readable parquet file: {first_line(error)}") from error
 
 
 def _name(names: list[str], accepted: tuple[str, ...], source: Source) -> str:
@@ -193,10 +187,6 @@ def _name(names: list[str], accepted: tuple[str, ...], source: Source) -> str:
     raise ValueError(
         f"{source} has columns {', '.join(names)}, expected one of {', '.join(accepted)}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _labels(column: Any, where: str) -> NDArray[np.int64]:

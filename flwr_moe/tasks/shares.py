@@ -40,6 +40,12 @@ def check_alpha(partition: str, dirichlet_alpha: float) -> None:
         raise ValueError(f"dirichlet-alpha is {dirichlet_alpha}, expected a finite number above 0")
 
 
+def check_size(key: str, value: int, most: int) -> None:
+    """Raise ValueError where more samples are asked for than there are."""
+    if value > max(most, 0):
+        raise ValueError(f"{key} is {value}, expected at most {max(most, 0)} with this data")
+
+
 def share_out(
     labels: NDArray[np.int64],
     num_clients: int,

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.lora.base import shared_base
 from flwr_moe.tasks.cache import Allocate, cached_array, versions
-from flwr_moe.tasks.hub import from_hub
+from flwr_moe.tasks.hub import files_of, from_hub
 
 FloatArray = NDArray[np.float16]
 
@@ -49,10 +50,8 @@ class Trunk:
     """
 
     def __init__(self, model: str, top_layers: int, max_length: int) -> None:
-        if top_layers < 1:
-            raise ValueError(f"text.lora-layers is {top_layers}, expected at least 1")
-        if max_length < 4:
-            raise ValueError(f"text.max-length is {max_length}, expected at least 4")
+        check_numbers(least=1, **{"text.lora-layers": top_layers})
+        check_numbers(least=4, **{"text.max-length": max_length})
         self.where = encoder_place(model)
         self.top_layers = top_layers
         self.max_length = max_length
@@ -78,9 +77,8 @@ class Trunk:
             raise ValueError(
                 f"text.max-length is {self.max_length}, expected at most {most}: {self.where}"
             )
-        folder = Path(self.where)
-        files = sorted(f for f in folder.iterdir() if f.is_file()) if folder.is_dir() else []
-        settings = [TRUNK_FORMAT, self.where, str(self.top_layers), str(self.max_length)]
+        parts = [TRUNK_FORMAT, self.where, str(self.top_layers), str(self.max_length)]
+        parts += [*versions(files_of(self.where)), mark]
         shape = len(texts), self.max_length, config.hidden_size
 
         def make(allocate: Allocate) -> FloatArray:
@@ -88,7 +86,7 @@ class Trunk:
             self._fill(texts, out)
             return out
 
-        return cached_array([*settings, *versions(files), mark], np.float16, make, shape)
+        return cached_array(parts, np.float16, make, shape)
 
     def _fill(self, texts: list[str], out: FloatArray) -> None:
         encoder = from_hub(self.where, "AutoModel", KIND, dtype=torch.float32).eval()

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.tasks.base import Indices, Task
 from flwr_moe.training.samples import Samples
 
@@ -71,10 +72,8 @@ class Windows(Task):
         if not data or not Path(data).is_file():
             raise ValueError(f"data is {data!r}, expected a text file: --data FILE")
         super().__init__(num_clients, num_clusters, seed, partition)
-        if length < 4:
-            raise ValueError(f"text.max-length is {length}, expected at least 4")
-        if num_train < 0 or num_test < 0:
-            raise ValueError(f"num-train is {num_train}, num-test {num_test}, expected at least 0")
+        check_numbers(least=4, **{"text.max-length": length})
+        check_numbers(least=0, **{"num-train": num_train, "num-test": num_test})
         self.file = Path(data)
         self.length = length
         self.num_train = num_train

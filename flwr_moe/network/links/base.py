@@ -8,6 +8,7 @@ from typing import Protocol
 
 from flwr.app import ConfigRecord, RecordDict
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.network.ledger import check_direction
 from flwr_moe.network.nodes import NodeProfile
 
@@ -45,10 +46,8 @@ class FixedLinks:
 
     def __post_init__(self) -> None:
         """Check both numbers."""
-        if not self.rate_bps > 0:
-            raise ValueError(f"rate_bps is {self.rate_bps}, expected a number above 0")
-        if not (self.delay_s >= 0 and math.isfinite(self.delay_s)):
-            raise ValueError(f"delay_s is {self.delay_s}, expected 0 or more seconds")
+        check_numbers(above=0, rate_bps=self.rate_bps)
+        check_numbers(least=0, below=math.inf, delay_s=self.delay_s)
 
     def transfer(self, node: NodeProfile, direction: str, n_bytes: int, start_s: float) -> float:
         """Return ``start + bits / rate + delay``."""

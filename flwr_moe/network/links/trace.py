@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.network.ledger import check_direction
 from flwr_moe.network.nodes import NodeProfile
 
@@ -158,8 +159,7 @@ class TraceLinks:
     """
 
     def __init__(self, traces: Mapping[TraceKey, RateTrace], *, delay_s: float = 0.0) -> None:
-        if not (delay_s >= 0 and math.isfinite(delay_s)):
-            raise ValueError(f"delay_s is {delay_s}, expected 0 or more seconds")
+        check_numbers(least=0, below=math.inf, delay_s=delay_s)
         if not traces:
             raise ValueError("traces is empty, expected at least one")
         for part, what in enumerate(OPTIONAL):

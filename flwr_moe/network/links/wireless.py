@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.network.ledger import check_direction
 from flwr_moe.network.nodes import NodeProfile
 
@@ -145,10 +146,8 @@ class WirelessLinks:
         delay_s: float = 0.01,
         horizon_s: float = 30 * 86_400.0,
     ) -> None:
-        if num_devices < 1:
-            raise ValueError(f"num_devices is {num_devices}, expected at least 1")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}, expected 0 or more")
+        check_numbers(least=1, num_devices=num_devices)
+        check_numbers(least=0, seed=seed)
         _check("bandwidth_hz", bandwidth_hz, bandwidth_hz > 0, "a number above 0")
         _check("coherence_s", coherence_s, coherence_s >= 1e-3, "at least 0.001 seconds")
         _check("efficiency", efficiency, 0 < efficiency <= 1, "above 0 and up to 1")
