@@ -105,9 +105,7 @@ class ExchangeClient:
     ) -> None:
         check_token(token)
         check_numbers(above=0, timeout_s=timeout_s)
-        for key, number in (("retries", retries), ("backoff_s", backoff_s)):
-            if not number >= 0:
-                raise ValueError(f"{key} is {number}, expected 0 or more")
+        check_numbers(least=0, retries=retries, backoff_s=backoff_s)
         self._http = httpx.Client(
             base_url=_checked_url(url, verify, cert),
             headers={"accept-encoding": "identity"},

@@ -16,6 +16,7 @@ from typing import Any
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.network.flower_adapter import NodeInfo, Run, log
 from flwr_moe.network.guard import FailedRounds, check_reply, refuse
 from flwr_moe.network.ledger import KindFn, Ledger
@@ -295,10 +296,7 @@ class Network(ClockGrid):
         poll_s: float,
         patience_s: float,
     ) -> None:
-        if not horizon_s > 0:
-            raise ValueError(f"horizon_s is {horizon_s}, expected a number above 0")
-        if not steps_per_second > 0:
-            raise ValueError(f"steps_per_second is {steps_per_second}, expected above 0")
+        check_numbers(above=0, horizon_s=horizon_s, steps_per_second=steps_per_second)
         super().__init__(grid)
         self.ledger = Ledger() if ledger is None else ledger
         self.horizon_s = horizon_s

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flwr_moe.checks import check_numbers
 from flwr_moe.split.prune_groups import Cut, PruneGroup, find_groups
 
 
@@ -268,8 +269,7 @@ def choose_kept(
     rates = rate if isinstance(rate, Mapping) else {"rate": rate}
     for name, value in rates.items():
         check_rate(value, name)
-    if not 0 < min_kept <= 1:
-        raise ValueError(f"min_kept is {min_kept}, expected above 0 and up to 1")
+    check_numbers(above=0, most=1, min_kept=min_kept)
     groups = find_groups(module, prune_output=prune_output)
     if not groups and any(rates.values()):
         raise ValueError(
@@ -391,10 +391,8 @@ class PruneSchedule:
 
     def __post_init__(self) -> None:
         check_rate(self.rate)
-        for name, least in (("start_round", 1), ("ramp_rounds", 0), ("every", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"{name} is {value}, expected at least {least}")
+        check_numbers(least=1, start_round=self.start_round, every=self.every)
+        check_numbers(least=0, ramp_rounds=self.ramp_rounds)
 
     def chooses(self, round_: int) -> bool:
         """Whether the kept units are chosen anew at the start of `round_`."""

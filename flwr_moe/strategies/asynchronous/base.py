@@ -14,6 +14,7 @@ from flwr.serverapp.exception import InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAvg, Result
 
 from flwr_moe.arrays import Arrays, arrays_of, outline, record_of, unlike
+from flwr_moe.checks import check_numbers
 from flwr_moe.network import MESSAGE_TTL_S, HorizonReached
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.strategies.base import EventLoop, sample
@@ -92,10 +93,8 @@ class AsyncStrategy(FedAvg):
             arrayrecord_key=arrayrecord_key,
             configrecord_key=configrecord_key,
         )
-        if not 0 < fraction_train <= 1:
-            raise ValueError(f"fraction_train is {fraction_train}, expected above 0 and up to 1")
-        if evaluate_every < 0:
-            raise ValueError(f"evaluate_every is {evaluate_every}, expected 0 or more updates")
+        check_numbers(above=0, most=1, fraction_train=fraction_train)
+        check_numbers(least=0, evaluate_every=evaluate_every)
         self.evaluate_every = evaluate_every
         self.seed = seed
         self.events: dict[str, int] = {}

@@ -8,6 +8,7 @@ from typing import Any
 from flwr.app import RecordDict
 
 from flwr_moe.arrays import Arrays, arrays_of, mix, staleness_weight
+from flwr_moe.checks import check_numbers
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.strategies.asynchronous.base import AsyncStrategy
 
@@ -47,8 +48,7 @@ class FedAsync(AsyncStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha is {alpha}, expected above 0 and up to 1")
+        check_numbers(above=0, most=1, alpha=alpha)
         self.alpha = alpha
         self.staleness = staleness
         self._weight = staleness_weight(staleness, staleness_exponent, hinge_slope, hinge_grace)

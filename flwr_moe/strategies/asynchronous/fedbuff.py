@@ -9,6 +9,7 @@ import numpy as np
 from flwr.app import RecordDict
 
 from flwr_moe.arrays import Arrays, arrays_of, cast_like, exact_dtype, staleness_weight
+from flwr_moe.checks import check_numbers
 from flwr_moe.network.flower_adapter import log
 from flwr_moe.strategies.asynchronous.base import AsyncStrategy
 
@@ -46,10 +47,8 @@ class FedBuff(AsyncStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if buffer_size < 1:
-            raise ValueError(f"buffer_size is {buffer_size}, expected at least 1")
-        if not server_learning_rate > 0:
-            raise ValueError(f"server_learning_rate is {server_learning_rate}, expected above 0")
+        check_numbers(least=1, buffer_size=buffer_size)
+        check_numbers(above=0, server_learning_rate=server_learning_rate)
         self.buffer_size = buffer_size
         self.server_learning_rate = server_learning_rate
         self.staleness = staleness
