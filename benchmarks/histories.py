@@ -80,9 +80,6 @@ def main() -> int:
     against = Path(arguments.against).resolve() if arguments.against else None
     data = str(Path(arguments.data).resolve()) if arguments.data else None
     out.mkdir(parents=True, exist_ok=True)
-    import torch
-
-    torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     if arguments.engine == "in-process":
         use_local_grid()

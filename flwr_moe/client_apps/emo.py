@@ -42,6 +42,7 @@ from flwr_moe.overlay.tails import check_tail
 from flwr_moe.overlay.training import Trainee
 from flwr_moe.split.cut import split_model
 from flwr_moe.training.samples import Samples
+from flwr_moe.training.threads import one_thread_if_simulated
 
 SAMPLES_A_BLOCK = 1024
 STATE = "trainee"
@@ -156,7 +157,7 @@ def register_overlay(app: ClientApp, tail_of: ModelFn) -> ClientApp:
 
     @app.train(OVERLAY_ACTION)
     def train_overlay(message: Message, context: Context) -> Message:
-        torch.set_num_threads(1)
+        one_thread_if_simulated()
         return train_tail(message, context, tail_of(context))
 
     return app

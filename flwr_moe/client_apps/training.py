@@ -23,6 +23,7 @@ from flwr_moe.messages.training import (
 from flwr_moe.training import Samples, accuracy_and_loss, predict, train_steps
 from flwr_moe.training.loop import Transform
 from flwr_moe.training.precision import as_sent, prepare
+from flwr_moe.training.threads import one_thread_if_simulated
 
 if TYPE_CHECKING:
     from flwr_moe.tasks import Task
@@ -83,7 +84,7 @@ def register_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        torch.set_num_threads(1)
+        one_thread_if_simulated()
         task, partition_id = task_of(context), partition_of(context)
         order = TrainOrder.of(message.content.config_records[CONFIG], partition_id)
         sent = tensors_of(message.content.array_records[ARRAYS])
@@ -97,7 +98,7 @@ def register_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        torch.set_num_threads(1)
+        one_thread_if_simulated()
         task, partition_id = task_of(context), partition_of(context)
         model = task.build_model()
         model.load_state_dict(tensors_of(message.content.array_records[ARRAYS]))

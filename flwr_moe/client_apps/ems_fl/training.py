@@ -37,6 +37,7 @@ from flwr_moe.training import Samples
 from flwr_moe.training.loop import batch_size_for
 from flwr_moe.training.precision import as_sent, prepare
 from flwr_moe.training.samples import gate_view
+from flwr_moe.training.threads import one_thread_if_simulated
 
 ModelFn = Callable[[Context], nn.Module]
 DataFn = Callable[[Context], Samples]
@@ -78,7 +79,7 @@ def register_expert_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
 
     @app.train("experts")
     def train_experts(message: Message, context: Context) -> Message:
-        torch.set_num_threads(1)
+        one_thread_if_simulated()
         task, partition_id = task_of(context), partition_of(context)
         config = config_of(message.content)
         asked, order = ExpertOrder.from_record(config), TrainOrder.of(config, partition_id)
@@ -146,7 +147,7 @@ def answer_gate_statistics(
 
     @app.query("gate_statistics")
     def gate_statistics(message: Message, context: Context) -> Message:
-        torch.set_num_threads(1)
+        one_thread_if_simulated()
         question = GateQuestion.from_record(config_of(message.content))
         shared = remember_shared(message, context)
         with torch.device("meta"):

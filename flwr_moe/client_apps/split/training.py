@@ -32,6 +32,7 @@ from flwr_moe.split.step import (
 )
 from flwr_moe.training import Samples
 from flwr_moe.training.loop import Transform
+from flwr_moe.training.threads import one_thread_if_simulated
 
 
 def train_half(
@@ -129,7 +130,7 @@ def register_split_training(app: ClientApp, task_of: TaskFn) -> ClientApp:
 
     @app.train("split")
     def train(message: Message, context: Context) -> Message:
-        torch.set_num_threads(1)
+        one_thread_if_simulated()
         task = task_of(context)
         with torch.device("meta"):
             model = task.build_model()
