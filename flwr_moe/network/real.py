@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 
@@ -208,7 +208,7 @@ class RealGrid(Network):
 
     # --- inside ----------------------------------------------------------------
 
-    def _present(self) -> Iterable[int]:
+    def _present(self) -> Collection[int]:
         """With a pass table all nodes that have ever been connected: out of view is not gone."""
         connected = super()._present()
         return connected if self.links is None else list(self._known)
