@@ -61,6 +61,7 @@ class StreamingFedAvg(RoundStrategy):
         self, grid: ClockGrid, arrays: ArrayRecord, num_rounds: int, train_config: ConfigRecord
     ) -> Iterator[ClockGrid]:
         """Count what happens to the messages of this run."""
+        del arrays  # or this would keep the first model while all of the run is inside
         before, self._over = Counter(grid.ledger.events), False
         try:
             yield grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import weakref
 
@@ -277,3 +278,18 @@ def test_no_reply_is_alive_when_the_next_is_fetched(trouble):
     grid = Watching(LocalGrid(learner(trouble), 5))
     run(StreamingFedAvg, grid, 2, fraction_evaluate=0.0, min_train_nodes=5)
     assert len(grid.alive) == 2 * 5 * 2 and grid.most == 0
+
+
+def test_the_first_model_is_gone_after_the_first_round() -> None:
+    first = [model()]
+    ghost = weakref.ref(next(iter(first[0].values())))
+    kept = []
+
+    def evaluate_fn(server_round: int, arrays: ArrayRecord) -> None:
+        gc.collect()
+        kept.append(ghost() is not None)
+
+    network = SimulatedGrid(LocalGrid(learner(), 3), FixedLinks(), poll_s=0.0)
+    strategy = StreamingFedAvg(fraction_evaluate=0.0)
+    strategy.start(network, first.pop(), 2, timeout=1e9, evaluate_fn=evaluate_fn)
+    assert kept == [True, False, False]
