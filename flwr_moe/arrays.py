@@ -195,14 +195,12 @@ def mix(old: Arrays, new: Arrays, share: float) -> dict[str, NDArray[Any]]:
     """Return ``(1 - share) old + share new``, key by key, in the dtypes of ``old``."""
     return {
         key: cast_like(
-            (1 - share) * np.asarray(a, exact_dtype(a.dtype)) + _part(share, new[key], a), a
+            (1 - share) * np.asarray(a, exact_dtype(a.dtype))
+            + share * np.asarray(new[key], exact_dtype(a.dtype)),
+            a,
         )
         for key, a in old.items()
     }
-
-
-def _part(share: float, new: NDArray[Any], like: NDArray[Any]) -> Any:
-    return share * (new if new.dtype == np.float32 else np.asarray(new, exact_dtype(like.dtype)))
 
 
 BLOCK = 2**17
