@@ -86,10 +86,9 @@ def record_of(
     -----
     Source: ours.
     """
-    halves = {k for k, a in like.items() if a.dtype == "bfloat16"} if like is not None else set()
     record = ArrayRecord()
     for key, values in state.items():
-        if key in halves:
+        if like is not None and key in like and like[key].dtype == "bfloat16":
             values = torch.as_tensor(values).bfloat16()
         record[key] = array_of(values)
     return record
