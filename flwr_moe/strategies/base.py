@@ -230,10 +230,27 @@ class EventLoop:
             self.finish()
 
 
-def judge(evaluate_fn: EvaluateFn | None, server_round: int, result: Result) -> None:
-    """Let the server's ``evaluate_fn`` look at the model, and keep what it says."""
+def judge(
+    evaluate_fn: EvaluateFn | None,
+    server_round: int,
+    result: Result,
+    model: Callable[[], ArrayRecord] | None = None,
+) -> None:
+    """Let the server's ``evaluate_fn`` look at the model, and keep what it says.
+
+    Parameters
+    ----------
+    evaluate_fn : callable, optional
+        Gets the round and the model.
+    server_round : int
+        What the metrics are kept under.
+    result : Result
+        Where they are kept.
+    model : callable, optional
+        Packs the model if it is looked at; by default it is the result's.
+    """
     if evaluate_fn is not None:
-        metrics = evaluate_fn(server_round, result.arrays)
+        metrics = evaluate_fn(server_round, model() if model else result.arrays)
         if metrics is not None:
             result.evaluate_metrics_serverapp[server_round] = metrics
 

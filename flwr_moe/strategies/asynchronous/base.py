@@ -17,7 +17,7 @@ from flwr_moe.arrays import Arrays, arrays_of, outline, record_of, unlike
 from flwr_moe.checks import check_numbers
 from flwr_moe.network import MESSAGE_TTL_S, HorizonReached
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.strategies.base import EventLoop, sample
+from flwr_moe.strategies.base import EventLoop, judge, sample
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -240,10 +240,7 @@ class AsyncStrategy(FedAvg):
             self._dispatch(run, [self._next_node(node, run.nodes, run.at_work)])
 
     def _evaluate(self, run: _Run, server_round: int) -> None:
-        if run.evaluate_fn is not None:
-            metrics = run.evaluate_fn(server_round, run.record())
-            if metrics is not None:
-                run.result.evaluate_metrics_serverapp[server_round] = metrics
+        judge(run.evaluate_fn, server_round, run.result, run.record)
 
     def _ask_for_evaluation(self, run: _Run, server_round: int) -> None:
         arrays, config = run.record(), run.evaluate_config

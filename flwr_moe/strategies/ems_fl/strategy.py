@@ -15,7 +15,7 @@ from flwr_moe.experts import ExpertLayout, RandomFeatures, Router
 from flwr_moe.messages.ems_fl import GATES
 from flwr_moe.network import HorizonReached
 from flwr_moe.network.flower_adapter import log
-from flwr_moe.strategies.base import EvaluateFn, EventLoop
+from flwr_moe.strategies.base import EvaluateFn, EventLoop, judge
 from flwr_moe.strategies.ems_fl.cluster import Cluster, gather_clusters
 from flwr_moe.strategies.ems_fl.gate import GateFitter
 from flwr_moe.strategies.ems_fl.plan import Assignment, check_bounds
@@ -228,9 +228,7 @@ class EMSFL(Strategy):
         result = Result()
 
         def evaluate() -> None:
-            metrics = evaluate_fn(run.version, record_of(run.state)) if evaluate_fn else None
-            if metrics is not None:
-                result.evaluate_metrics_serverapp[run.version] = metrics
+            judge(evaluate_fn, run.version, result, lambda: record_of(run.state))
 
         evaluate()
         try:
